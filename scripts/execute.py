@@ -43,7 +43,7 @@ def execute(path, flags):
     for c in nb.cells:
         if c.cell_type == "code": c.outputs = []
         if c.cell_type == "code" and skipped(c, flags): c.source = ""
-    NotebookClient(nb, timeout=None, kernel_name="python3", record_timing=False, store_widget_state=False,
+    NotebookClient(nb, timeout=None, startup_timeout=600, kernel_name="python3", record_timing=False, store_widget_state=False,
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     for c in nb.cells:
         c.source = sources[c.id]
