@@ -1,0 +1,347 @@
+"What a person types: every command, every format, every mistake in one line, and a killed run that comes back to the bit."
+import html.parser, json, os, re, shutil, signal, subprocess, sys, time, warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from minisora import cli, core, data, sora, world
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "a large red circle moving left on a black background"
+TRAIN = "train --preset tiny --data world --steps 40 --save-every 5 --seed 5".split()
+
+
+def started(*args, **kw):
+    return subprocess.Popen([sys.executable, "-m", "minisora.cli", *map(str, args)], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **kw)
+
+
+def pixels(file):
+    "What is in a file, as it is: (f c h w) in [-1, 1]."
+    if file.suffix == ".mp4":
+        import av
+        with av.open(str(file)) as video: frames = [f.to_ndarray(format="rgb24") for f in video.decode(video=0)]
+    else:
+        with Image.open(file) as image: frames = [np.asarray((image.seek(k), image.convert("RGB"))[1]) for k in range(image.n_frames)]
+    return torch.tensor(np.stack(frames)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def ok(*args):
+    assert cli.main([str(a) for a in args]) == 0, args
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    ok(*TRAIN, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    out, w = tmp_path_factory.mktemp("clips"), world.World()
+    scenes = w.sample(4, core.generator(1))
+    for i, clip in enumerate(w.render(scenes)): data.write_clip(clip, out / f"{i}{cli.FORMATS[i % 3]}")
+    (out / "captions.jsonl").write_text("".join(json.dumps(dict(file=f"{i}{cli.FORMATS[i % 3]}", caption=c)) + "\n" for i, c in enumerate(w.caption(scenes))))
+    (out / "torn.gif").write_bytes(b"GIF89a")
+    return out
+
+
+@pytest.fixture
+def says(capsys):
+    def check(*args, code=2, words=""):
+        "The one line that answers a mistake."
+        capsys.readouterr()
+        assert cli.main([str(a) for a in args]) == code
+        lines = capsys.readouterr().err.splitlines()
+        assert lines and lines[-1].startswith("minisora: ") and re.search(words, lines[-1]), lines
+        assert len([l for l in lines if l.startswith("minisora: ")]) == 1
+        return lines[-1]
+    return check
+
+
+# --- answers at once
+
+@pytest.mark.parametrize("args, code", [(["--help"], 0), (["--version"], 0), (["sample", "--help"], 0), (["train", "--help"], 0), ([], 2), (["sample", "a"], 2),
+    (["sample", "--out", "a.gif"], 2), (["sample", "a", "--out", "a.avi"], 2), (["sample", "a", "--out", "a.gif", "--weights", "nowhere"], 2), (["sample", "a", "--out", "a.gif", "--seed", "x"], 2),
+    (["train", "--preset", "nope", "--out", "r"], 2), (["train", "--preset", "tiny", "--data", "nowhere", "--out", "r"], 2), (["eval", "--weights", "nowhere"], 2), (["demo", "--data", "nowhere"], 2)])
+def test_torch_is_not_needed(args, code, tmp_path):
+    check = f"import sys\nfrom minisora.cli import main\ncode = main({args!r})\nassert code == {code}, code\nassert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+    assert code == 0 or re.match(r"minisora: \S.*", done.stderr.splitlines()[-1]) and len(done.stderr.splitlines()) == 1
+
+
+def test_names_agree():
+    assert set(cli.SAMPLER_NAMES) == set(sora.SAMPLERS) and set(cli.LEVELS) <= {*world.LEVELS, "paraphrase"}
+    assert abs(sum(cli.LEVELS.values()) - 1) < 1e-9
+    for name in cli.PRESETS: cli.preset(name)
+    with pytest.raises(ValueError, match="nope"): cli.preset("nope")
+
+
+# --- training
+
+def test_killed_and_resumed_is_the_same_run(run, tmp_path):
+    out = tmp_path / "again"
+    with started(*TRAIN, "--out", out, "--resume") as p:        # --resume on an empty folder starts
+        end = time.time() + 120
+        while not list(out.glob("dit/step-*.json")) and p.poll() is None and time.time() < end: time.sleep(.02)
+        p.kill()
+    assert list(out.glob("dit/step-*.json")) and not (out / "model.json").exists()
+    ok(*TRAIN, "--out", out, "--resume")
+    names = sorted(f.relative_to(run).as_posix() for f in run.rglob("*") if f.is_file())
+    assert [n for n in names if (out / n).read_bytes() != (run / n).read_bytes()] in ([], ["dit/log.jsonl", "vae/log.jsonl"]), "only the log's seconds may differ"
+    assert "seconds" not in (run / "model.json").read_text() and str(run.parent) not in (run / "model.json").read_text()
+
+
+def test_ctrl_c_saves(tmp_path):
+    if os.name == "nt": pytest.skip("Ctrl-C cannot be sent to one process there")
+    out = tmp_path / "r"
+    with started("train", "--preset", "tiny", "--steps", 4000, "--out", out) as p:
+        end = time.time() + 120
+        while not list(out.glob("vae/step-*.json")) and p.poll() is None and time.time() < end: time.sleep(.02)
+        p.send_signal(signal.SIGINT)
+        err = p.communicate()[1]
+    assert p.returncode == 130 and err.splitlines()[-1].startswith("minisora: stopped after step") and "--resume" in err.splitlines()[-1]
+
+
+def test_interrupt_elsewhere(monkeypatch, says, tmp_path):
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "targets", stop)
+    says("sample", "a", "--out", tmp_path / "a.gif", code=130, words="interrupted")
+
+
+def test_bugs_are_not_hidden(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "targets", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError): cli.main(["sample", "a", "--out", str(tmp_path / "a.gif")])
+
+
+def test_finished_runs(run, says, capsys):
+    ok(*TRAIN, "--out", run, "--resume")
+    assert "finished already" in capsys.readouterr().out
+    says(*TRAIN, "--out", run, words="holds a run already: expected --resume")
+    says(*TRAIN, "--out", run, "--resume", "--batch", 4, words="finished run of .*expected")
+
+
+def test_configuration_comes_first(run, capsys, tmp_path):
+    ok("train", "--preset", "tiny", "--steps", 3, "--batch", 2, "--lr", .001, "--out", tmp_path / "r", "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny: ") and "lr=0.001" in "".join(lines[:8]) and "steps=2" in "".join(lines[:8]) and lines[-1].startswith("finished: ")
+    card = core.load(tmp_path / "r" / "model.safetensors")[1]
+    assert card["steps"] == [2, 1] and card["world"] == world.VERSION and card["command"].startswith("minisora train --preset tiny") and card["flops"] > 0
+    assert pixels(tmp_path / "r" / "samples.webp").shape[-1] > 32
+
+
+def test_training_on_a_folder(folder, tmp_path, capsys):
+    ok("train", "--preset", "tiny", "--data", folder, "--steps", 4, "--out", tmp_path / "r")
+    said = capsys.readouterr()
+    assert "torn.gif" in said.err and "4 clips with captions" in said.out
+    model = sora.Sora.from_pretrained(tmp_path / "r")
+    assert model.card["data"] == "folder" and not model.tokenizer.unknown(data.Folder(folder, say=lambda _: None).texts()[0])
+    assert cli.main(["eval", "--weights", str(tmp_path / "r"), "--n", "2"]) == 2 and "not trained on the sprite world" in capsys.readouterr().err
+
+
+def test_steps_are_shared():
+    for name in cli.PRESETS:
+        a, b = cli.preset(name), cli.adjusted(cli.preset(name), steps=2)
+        assert (b.vae_recipe.steps, b.dit_recipe.steps) == (1, 1) and not b.dit_recipe.compile
+        assert cli.adjusted(cli.preset(name)).dit_recipe.steps == a.dit_recipe.steps
+
+
+def test_captions_by_the_handful():
+    source = cli.Captioned(data.WorldClips(world.World()))
+    batch, again = (source.batch(core.generator(3), 50, captions=20) for _ in range(2))
+    assert torch.equal(batch["clips"], again["clips"]) and batch["captions"] == again["captions"]
+    flat = [c for row in batch["captions"] for c in row]
+    assert len(flat) == 1000 and 60 < flat.count("") < 140
+    words = {w for text in source.vocabulary(0) for w in re.findall(r"\w+", text.lower())}
+    assert not {w for c in flat for w in re.findall(r"\w+", c.lower())} - words
+
+
+# --- drawing
+
+def test_every_format(run, tmp_path, capsys):
+    for end in (".png", *cli.FORMATS):
+        file = tmp_path / f"clip{end}"
+        ok("sample", PROMPT, "--weights", run, "--out", file, "--seed", 1, "--frames", 9, "--height", 16, "--width", 48, "--force")
+        assert capsys.readouterr().out.split() == [str(file)]
+        clip = pixels(file)
+        assert clip.shape == (9, 3, 16, 48), end
+        if end == ".png": exact = clip
+        else: assert (clip - exact).abs().mean() < (.4 if end == ".mp4" else .1), end
+    ok("sample", PROMPT, "--weights", run / "model.safetensors", "--out", tmp_path / "big.png", "--seed", 1, "--frames", 9, "--height", 16, "--width", 48, "--scale", 3)
+    assert torch.equal(pixels(tmp_path / "big.png")[..., ::3, ::3], exact)
+
+
+def test_folder_grid_and_prompts_file(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue star\n", encoding="utf-8")
+    ok("sample", PROMPT, "--prompts", tmp_path / "prompts.txt", "--weights", run, "--out", tmp_path / "many", "--seed", 7)
+    names = sorted(f.name for f in (tmp_path / "many").iterdir())
+    assert names == ["a-blue-star-seed-9.gif", "a-large-red-circle-moving-left-on-a-black-background-seed-7.gif", "a-red-circle-seed-8.gif"]
+    ok("sample", "a blue star", "--weights", run, "--out", tmp_path / "alone.gif", "--seed", 9)     # by itself it is the same clip
+    assert (pixels(tmp_path / "alone.gif") - pixels(tmp_path / "many" / names[0])).abs().mean() < .02
+    ok("sample", "a", "b", "c", "--weights", run, "--out", tmp_path / "grid.mp4", "--grid", "--steps", 2, "--sampler", "heun", "--cfg-scale", 1, "--negative", "red")
+    assert pixels(tmp_path / "grid.mp4").shape == (17, 3, 66, 66)
+    ok("sample", "a", "--weights", run, "--out", tmp_path / "grid.mp4", "--force", "--frames", 1)
+    assert len(pixels(tmp_path / "grid.mp4")) == 1
+
+
+def test_unseen_words_are_said_once(run, tmp_path, capsys):
+    ok("sample", "a RED zeppelin circle", "a zeppelin", "--weights", run, "--out", tmp_path / "z")
+    lines = [l for l in re.split(r"[\r\n]", capsys.readouterr().err) if "zeppelin" in l]
+    assert len(lines) == 1 and lines[0].startswith("minisora: note: ")
+
+
+# --- mistakes
+
+def test_mistakes_of_sample(run, says, tmp_path):
+    s, out = ["sample", PROMPT, "--weights", run], tmp_path / "a.gif"
+    says("sample", "--out", out, words="no prompt: expected")
+    says("sample", " ", "--out", out, words="prompt is empty")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("un carré".encode("latin1"))
+    says("sample", "--prompts", tmp_path / "empty.txt", "--out", out, words="empty.txt holds no prompt")
+    says("sample", "--prompts", tmp_path / "latin.txt", "--out", out, words="latin.txt is not UTF-8")
+    says("sample", "--prompts", tmp_path / "none.txt", "--out", out, words="cannot read .*none.txt: No such file")
+    for option, value in (("--seed", "-1"), ("--seed", "1.5"), ("--seed", "9" * 30), ("--frames", "0"), ("--steps", "x"), ("--cfg-scale", "nan"), ("--fps", "0"), ("--scale", "1000"), ("--sampler", "magic"), ("--device", "abacus"), ("--wat", "1")):
+        says(*s, "--out", out, f"{option}={value}", words=re.escape(option))
+    says(*s, "--out", out, "--height", 33, words="--height is 33: expected a multiple of 8")
+    says(*s, "--out", out, "--width", 12, words="--width is 12: expected a multiple of 8")
+    if not torch.cuda.is_available(): says(*s, "--out", out, "--device", "cuda", words="device is 'cuda'.*expected cuda, mps or cpu")
+    assert not out.exists()
+    out.write_bytes(b"mine")
+    says(*s, "--out", out, words="a.gif exists: expected --force")
+    says(*s, "--out", out / "b.gif", words="cannot write .*a.gif is not a folder")
+    assert out.read_bytes() == b"mine"
+    says("sample", "a", "b", "--weights", run, "--out", tmp_path / "b.gif", words="2 prompts for the one file .*--grid")
+    says(*s, "--out", tmp_path / "b.avi", words=r"\.gif \.png \.webp \.mp4, or a folder")
+    says(*s, "--grid", "--out", tmp_path / "many", words="--grid writes one clip")
+    if os.name != "nt" and os.getuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        says(*s, "--out", tmp_path / "locked" / "a.gif", words="no right to write")
+
+
+def test_mistakes_about_weights(run, says, tmp_path):
+    def mended(change, words):
+        shutil.rmtree(tmp_path / "w", ignore_errors=True)
+        shutil.copytree(run, tmp_path / "w")
+        change(tmp_path / "w" / "model.safetensors")
+        says("sample", PROMPT, "--weights", tmp_path / "w", "--out", tmp_path / "a.gif", words=words)
+        assert not (tmp_path / "a.gif").exists()
+    def card(**kw): return lambda f: f.with_suffix(".json").write_text(json.dumps({**json.loads(f.with_suffix(".json").read_text()), **kw}))
+    mended(lambda f: f.write_bytes(b"\x80\x04pickle"), "pickled")
+    mended(lambda f: f.write_bytes(f.read_bytes()[:-9]), "truncated")
+    mended(lambda f: f.write_bytes(f.read_bytes()[:-1] + bytes([f.read_bytes()[-1] ^ 1])), "sha256 differs")
+    mended(lambda f: f.with_suffix(".json").unlink(), "has no card")
+    mended(lambda f: f.with_suffix(".json").write_text("{"), "not JSON")
+    mended(lambda f: f.unlink(), "no weights at .*expected")
+    mended(card(kind="clip"), "holds clip: expected the weights of a Sora")
+    mended(card(world="0"), "trained on world '0', this is world .*train it again")
+    mended(card(dit=dict(channels=8, width=7)), "does not fit its card")
+    (tmp_path / "a.pt").write_bytes(b"x")
+    says("sample", PROMPT, "--weights", tmp_path / "a.pt", "--out", tmp_path / "a.gif", words="pickled")
+    says("eval", "--weights", "nothing", words="no weights at nothing: expected")
+
+
+def test_mistakes_of_train(says, folder, tmp_path):
+    out = ["--out", tmp_path / "r"]
+    says("train", "--preset", "huge", *out, words="'huge'.*tiny.*t2v")
+    says("train", "--preset", "tiny", words="--out")
+    says("train", "--preset", "tiny", "--data", tmp_path / "none", *out, words="--data is .*none.*expected world, or a folder")
+    (tmp_path / "empty").mkdir()
+    says("train", "--preset", "tiny", "--data", tmp_path / "empty", *out, words="empty has no clip")
+    (tmp_path / "file").write_text("")
+    says("train", "--preset", "tiny", "--out", tmp_path / "file", words="file is not a folder")
+    for option, value in (("--steps", 1), ("--lr", 0), ("--batch", 0), ("--save-every", "x"), ("--seed", "-3")): says("train", "--preset", "tiny", *out, f"{option}={value}", words=option)
+    assert not (tmp_path / "r").exists()
+    shutil.copytree(folder, tmp_path / "bad")
+    for f in (tmp_path / "bad").iterdir():
+        if f.suffix != ".jsonl": f.write_bytes(b"")
+    says("train", "--preset", "tiny", "--data", tmp_path / "bad", *out, words="bad has no clip")
+
+
+# --- grading, ledger, demo
+
+def test_eval(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINISORA_SCALE", "cpu")
+    ok("eval", "--weights", run, "--n", 6, "--seeds", 2, "--physics", "--json", "e.json", "--record", "--steps", 2)
+    out, result = capsys.readouterr().out, json.loads(Path("e.json").read_text())
+    for split in ("train", "heldout"):
+        rates = result["splits"][split]["rates"]
+        assert {*world.NAMED["long"], "all", "physics", "all by chance"} - {"relation"} == set(rates)
+        assert all(0 <= low <= rate <= high <= 100 for rate, low, high in rates.values())
+        assert rates["all"][0] <= min(rates[k][0] for k in ("shape", "color", "motion")) + 1e-6
+    assert "2 x 6 unseen prompts of level long" in out and "held-out" in out and "total variation" in out
+    records = core.ledger(tmp_path / "results" / "ledger")
+    assert len(records) == 4 and {r["claim"] for r in records} == {17} and all(r["notebook"] == "41_sora" and r["n"] == 12 and r["world"] == world.VERSION for r in records)
+    ok("eval", "--weights", run, "--n", 4, "--seeds", 1, "--level", "short", "--split", "heldout", "--steps", 1)
+    assert "texture" not in capsys.readouterr().out
+
+
+def test_a_perfect_model_is_graded_perfect(run, monkeypatch, capsys):
+    w = world.World()
+    monkeypatch.setattr(cli, "draw", lambda model, prompts, seeds, **kw: w.render(drawn.pop(0)))
+    drawn = [w.sample(40, core.generator(2**41), s) for s in ("train",)]
+    ok("eval", "--weights", run, "--n", 40, "--seeds", 1, "--split", "train", "--physics")
+    out = capsys.readouterr().out
+    rate = lambda name: float(re.search(rf"^  {name} +([\d.]+)", out, re.M)[1])
+    assert rate("all") >= 97 and rate("physics") >= 95 and rate("all by chance") < 15 and rate("starts") < .1
+
+
+def test_intervals_hold_every_seed():
+    right = [torch.arange(100) < 90, torch.arange(100) < 60, torch.arange(100) < 75]
+    rate, low, high = cli.spread(right)
+    assert abs(rate - 75) < 1e-4 and abs(low - 60) < 1e-4 and abs(high - 90) < 1e-4
+    a = torch.rand(4000, 2, generator=core.generator(0)) * 32
+    assert cli.variation(a, a, 32) == 0 and cli.variation(a, a.flip(0), 32) == 0 and cli.variation(a / 4, a / 4 + 24, 32) == 1
+    assert .3 < cli.variation(a, torch.full_like(a, 3.), 32) <= 1
+
+
+def test_ledger(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                                   # wherever it is called
+    ok("ledger", "--json")
+    records = json.loads(capsys.readouterr().out)
+    assert isinstance(records, list) and all(isinstance(r["claim"], int) for r in records)
+    ok("ledger")
+    assert len(capsys.readouterr().out.splitlines()) == len(records)
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.images, self.open = [], [], []
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[k] for k in ("src", "href") if k in attrs]
+        if tag == "img": self.images.append(attrs)
+        if tag not in ("meta", "img", "br"): self.open.append(tag)
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+
+def test_demo(run, folder, tmp_path, capsys, says):
+    out = tmp_path / "page"
+    ok("demo", "--weights", run, "--data", folder, "--seconds", 0, "--out", out)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].endswith("index.html") and "torn.gif" in said.err
+    text = (out / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open and len(page.images) == 12 + 2 * 4 and all(i["alt"] for i in page.images)
+    assert all((out / link).is_file() and not link.startswith(("/", "http")) for link in page.links)
+    assert not re.search(r"https?://|<script|@import|url\(", text) and str(tmp_path) not in text
+    for i in page.images: assert pixels(out / i["src"]).shape == (17, 3, 32, 32)
+    assert "before" in text and "Its loss" in text and "prefers-color-scheme: dark" in text
+    says("demo", "--weights", "none", "--data", folder, "--out", out, words="no weights at none")      # its own page may be written over
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    says("demo", "--weights", run, "--data", folder, "--out", tmp_path / "mine", words="no page of this demo")
+    says("demo", "--weights", run, "--data", tmp_path / "none", "--out", out, words="expected --data FOLDER")
+
+
+def test_what_people_write_is_escaped():
+    text = cli.cards(['<b>"a" & b'], [[("a.webp", "")]], [[("good", "<i>")]])
+    assert "<b>" not in text and "<i>" not in text and "&lt;b&gt;&quot;a&quot; &amp; b" in text

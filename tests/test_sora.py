@@ -1,0 +1,114 @@
+"Caption to clip: seeds, batches, sizes, prompts, checkpoints, and what the shipped model knows."
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import minisora
+from minisora.core import UserError, generator
+from minisora.dit import DiT
+from minisora.sora import Sora, find_weights, vae_file
+from minisora.text import Tokenizer
+from minisora.vae import PatchVAE, VAEConfig
+from minisora.world import World, grade
+
+ROOT = Path(minisora.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    words = Tokenizer.from_texts(World().caption(World().sample(500, generator(0)), "long"))
+    m = Sora(DiT(8, vocab=words.vocab_size, width=48, depth=2), PatchVAE(VAEConfig(channels=8, width=48, encoder=1, decoder=1)), words)
+    for layer in (m.dit.trunk.mod, m.dit.trunk.out): torch.nn.init.normal_(layer.weight, std=.05)     # at birth it would say nothing
+    return m.eval()
+
+
+PROMPTS = ["a red circle", "a large checkered blue star moving up and left on a white background", "", "a green bar spinning"]
+
+
+def test_a_clip_is_the_same_whatever_its_batch(model):
+    together = model.generate(PROMPTS, steps=4, seed=10, cfg_scale=3.)
+    for k, prompt in enumerate(PROMPTS):
+        assert (model.generate(prompt, steps=4, seed=10 + k, cfg_scale=3.)[0] - together[k]).abs().max() < 1e-5
+    listed = model.generate(PROMPTS[:2], steps=4, seed=[11, 10], cfg_scale=3.)
+    assert (listed[1] - model.generate(PROMPTS[1], steps=4, seed=10, cfg_scale=3.)[0]).abs().max() < 1e-5
+    assert (together[0] - together[3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("frames, height, width", [(1, 32, 32), (2, 16, 16), (17, 40, 24), (20, 32, 32)])
+def test_any_number_of_frames_and_sizes(model, frames, height, width):
+    clip = model.generate("a red circle", frames=frames, height=height, width=width, steps=2)
+    assert clip.shape == (1, frames, 3, height, width) and clip.abs().max() <= 1
+
+
+def test_samplers_are_chosen_by_name_and_by_card(model):
+    made = {k: model.generate("a red circle", seed=3, sampler=k, steps=6) for k in ("euler", "ddim", "heun")}
+    assert (made["euler"] - made["ddim"]).abs().max() < 1e-4 < (made["euler"] - made["heun"]).abs().max()
+    model.card["sampling"] = dict(sampler="heun", steps=6)
+    assert torch.equal(model.generate("a red circle", seed=3), made["heun"])
+    del model.card["sampling"]
+
+
+def test_prompts_guide(model):
+    a, b, c = (model.generate("a red circle", seed=1, steps=4, cfg_scale=3., negative=n) for n in ("", "a blue star", "a red circle"))
+    assert (a - b).abs().max() > 1e-4
+    assert (c - model.generate("a red circle", seed=1, steps=4, cfg_scale=1.)).abs().max() < 1e-4    # led away from itself: nowhere
+
+
+def test_unknown_words_are_said_once_and_left_out(model):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first, again = (model.ids(["A RED wug circle, please"]) for _ in range(2))
+    assert len(said) == 1 and "wug" in str(said[0].message) and torch.equal(first, again)
+    assert torch.equal(first, model.ids(["a red circle"]))
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(prompts=[]), "prompts"), (dict(frames=0), "frames"), (dict(frames=2.5), "frames"), (dict(height=33), "height"),
+    (dict(sampler="x"), "sampler"), (dict(seed=[1, 2]), "seed"), (dict(steps=0), "steps"), (dict(image=torch.zeros(3, 32, 32)), "image")])
+def test_wrong_arguments_are_named(model, wrong, says):
+    with pytest.raises(ValueError, match=says): model.generate(**{**dict(prompts="a", steps=1), **wrong})
+
+
+def test_save_load_identity(model, tmp_path):
+    model.save_pretrained(tmp_path/"a", data="nothing")
+    loaded = Sora.from_pretrained(tmp_path/"a")
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    assert torch.equal(loaded.generate(PROMPTS[:2], steps=2), model.generate(PROMPTS[:2], steps=2)) and loaded.card["data"] == "nothing"
+    loaded.save_pretrained(tmp_path/"b")
+    for f in ("model.safetensors", "model-vae.safetensors", "model.json"): assert (tmp_path/"a"/f).read_bytes() == (tmp_path/"b"/f).read_bytes()
+
+
+def test_checkpoints_that_do_not_fit(model, tmp_path):
+    with pytest.raises(UserError, match="t2v"): find_weights(tmp_path/"none")
+    file = model.save_pretrained(tmp_path/"a")
+    other = tmp_path/"b"/"model.safetensors"
+    other.parent.mkdir()
+    for f in (tmp_path/"a").iterdir(): shutil.copy(f, other.parent)
+    data = bytearray(other.read_bytes()); data[-5] ^= 1; other.write_bytes(data)
+    with pytest.raises(UserError, match="sha256"): Sora.from_pretrained(other)
+    other.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="truncated|sha256"): Sora.from_pretrained(other)
+    shutil.copy(file, other)
+    vae_file(other).unlink()
+    with pytest.raises(UserError, match="model-vae"): Sora.from_pretrained(other)
+    with pytest.raises(UserError, match="expected the weights of a Sora"): Sora.from_pretrained(vae_file(file))
+
+
+def test_the_shipped_model_follows_captions():
+    model = Sora.from_pretrained("t2v")
+    assert find_weights("t2v").stat().st_size <= 8e6 and model.card["world"]
+    scenes = World().sample(24, generator(5))
+    rates = grade(model.generate(World().caption(scenes, "long"), seed=0), scenes).rates
+    assert rates["background"].rate > .9 and rates["color"].rate > .7 and rates["motion"].rate > .5
+
+
+def test_readme_python_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT/"README.md").read_text(encoding="utf-8"), re.S)[1]
+    names = {}
+    exec(code, names)
+    assert names["clips"].shape == (1, 17, 3, 32, 32)
