@@ -23,7 +23,7 @@ PRESETS = dict(
     pairs="two sprites with a relation",
 )
 
-# %% ../nbs/60_cli.ipynb #92ee0b28
+# %% ../nbs/60_cli.ipynb #1d30e581
 def preset(
     name,  # one of PRESETS
 ):
@@ -34,13 +34,14 @@ def preset(
     if name == "tiny":
         recipe = Recipe(steps=20, warmup=5, save_every=5, log_every=5, compile=False)
         return N(world=dict(), vae=dict(width=48, encoder=1, decoder=1, channels=8), dit=dict(width=48, depth=2, text_width=48),
-                 batch=8, pool=64, captions=2, vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.01, sampling=dict(steps=4))
+                 batch=8, dit_batch=8, pool=64, captions=2, vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.01, sampling=dict(steps=4))
     if name == "demo":
-        recipe = Recipe(steps=900, warmup=20, save_every=900, log_every=10, ema=.98, compile=False)
-        return N(world=dict(), vae=dict(width=128, encoder=2, decoder=2), dit=dict(width=128, depth=4, text_width=64, patch=(1, 2, 2)), batch=16, pool=400, captions=2,
+        recipe = Recipe(steps=1800, warmup=20, save_every=1800, log_every=30, ema=.99, compile=False)
+        return N(world=dict(), vae=dict(width=128, encoder=2, decoder=2), dit=dict(width=128, depth=4, text_width=64, patch=(1, 2, 2)), batch=16, dit_batch=16, pool=400, captions=2,
                  vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.001, sampling=dict(steps=12))
-    return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=192, depth=6),
-             batch=32, pool=40_000, captions=6, vae_recipe=Recipe(steps=6000), dit_recipe=Recipe(steps=20_000), shift=2.5, rate=.01, sampling=dict())
+    return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
+             batch=64, dit_batch=128, pool=40_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=3000),
+             shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
 
 # %% ../nbs/60_cli.ipynb #54f5c69e
 LEVELS = dict(long=.45, paraphrase=.25, medium=.08, short=.08, full=.04, none=.10)   # how often a caption of the world is of which kind
@@ -68,7 +69,7 @@ class Captioned:
         scenes = self.world and self.world.sample(5000, generator(seed))
         return [text for level in LEVELS for text in self.say(scenes, level, generator(seed))] if self.world else self.source.texts()
 
-# %% ../nbs/60_cli.ipynb #c8c8e50c
+# %% ../nbs/60_cli.ipynb #0e424fd4
 def train_sora(
     p,               # what `preset` returns
     source,          # .batch(generator, n, captions=k) -> clips and captions, .vocabulary(seed): see Captioned
@@ -114,14 +115,14 @@ def train_sora(
     ids, _ = model.tokenizer.encode([c for row in captions for c in row])
     ids = ids.view(len(z), p.captions, -1).short()
     def latents(g):
-        i, k = torch.randint(len(z), (p.batch,), generator=g), torch.randint(p.captions, (p.batch,), generator=g)
-        t = flow.sample_times(p.batch, p.shift, g)
-        return dict(latents=z[i].float(), eps=torch.randn(p.batch, *z.shape[1:], generator=g), t=t, text=ids[i, k].long())
+        i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(p.captions, (p.dit_batch,), generator=g)
+        t = flow.sample_times(p.dit_batch, p.shift, g)
+        return dict(latents=z[i].float(), eps=torch.randn(p.dit_batch, *z.shape[1:], generator=g), t=t, text=ids[i, k].long())
     two = fit(model.dit, model.loss, latents, replace(p.dit_recipe, seed=seed), out/"dit", resume, facts, hook and (lambda i, _: hook(model)), name="dit")
     model.save_pretrained(out, flops=flops + two["flops"], steps=steps, compiled=two["compiled"])
     return model
 
-# %% ../nbs/60_cli.ipynb #ace2e0c2
+# %% ../nbs/60_cli.ipynb #3909165c
 def adjusted(
     p,  # what `preset` returns
     steps=None, batch=None, lr=None, save_every=None, bf16=None,  # None: as the preset has it
@@ -134,7 +135,7 @@ def adjusted(
         given = {k: v for k, v in dict(lr=lr, save_every=save_every, bf16=bf16).items() if v is not None}
         return replace(r, steps=n, warmup=min(r.warmup, n//4), log_every=min(r.log_every, max(1, n//4)), compile=r.compile and n >= 500, **given)
     p.vae_recipe, p.dit_recipe = recipe(p.vae_recipe, first), recipe(p.dit_recipe, b if steps is None else steps - first)
-    p.batch = batch or p.batch
+    p.batch, p.dit_batch = batch or p.batch, batch or p.dit_batch
     return p
 
 # %% ../nbs/60_cli.ipynb #e20b5067
@@ -259,7 +260,7 @@ def sample(args):
         write_clip(clip, file, args.fps)
         print(file)
 
-# %% ../nbs/60_cli.ipynb #53618543
+# %% ../nbs/60_cli.ipynb #a7b935d0
 def train(args):
     "Train a preset, or go on with it."
     out = Path(args.out)
@@ -279,7 +280,7 @@ def train(args):
     facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None)])
     print(f"{args.preset}: {PRESETS[args.preset]}")
     print(f"data    {args.data}: " + (f"version {VERSION}, made as needed" if args.data == "world" else f"{len(data)} clips with captions, {len(data.bad)} complaints")
-          + f"; {world.frames} frames of {world.size}x{world.size}, batch {p.batch}, {p.pool} clips for the DiT with {p.captions} captions each")
+          + f"; {world.frames} frames of {world.size}x{world.size}, batches of {p.batch} (VAE) and {p.dit_batch} (DiT), {p.pool} clips for the DiT with {p.captions} captions each")
     for name, config, recipe in (("vae", p.vae, p.vae_recipe), ("dit", p.dit, p.dit_recipe)): print(f"{name:7} {config or 'as its defaults'}\n        {recipe}")
     print(f"run     {out}, seed {args.seed}, on {device}", flush=True)
     if args.resume and (out/"model.json").is_file():

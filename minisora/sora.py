@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'SAMPLING', 'WEIGHTS', 'vae_file', 'find_weights', 'Sora']
 
-# %% ../nbs/41_sora.ipynb #7dc5652f
+# %% ../nbs/41_sora.ipynb #86d3edb0
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import minisora
 from . import core
 from .dit import DiT, DiTConfig
-from .flow import flow_loss, guide, noise_like, sample_ddim, sample_euler, sample_heun
+from .flow import flow_loss, guide, sample_ddim, sample_euler, sample_heun
 from .text import Tokenizer
 from .vae import PatchVAE, VAEConfig
 
-# %% ../nbs/41_sora.ipynb #cbd12def
+# %% ../nbs/41_sora.ipynb #e0aeec03
 SAMPLERS = dict(euler=sample_euler, heun=sample_heun, ddim=sample_ddim)
 SAMPLING = dict(sampler="euler", steps=20, shift=2.5, cfg_scale=2.)   # what a card may override
-WEIGHTS = Path(__file__).parent/"weights"
+WEIGHTS = Path(minisora.__file__).parent/"weights"
 
 def vae_file(path):       # m.safetensors → m-vae.safetensors
     "Where the VAE of a checkpoint lies: beside it, since one VAE may serve many DiTs."

@@ -104,7 +104,7 @@ def test_the_shipped_model_follows_captions():
     assert find_weights("t2v").stat().st_size <= 8e6 and model.card["world"]
     scenes = World().sample(24, generator(5))
     rates = grade(model.generate(World().caption(scenes, "long"), seed=0), scenes).rates
-    assert rates["background"].rate > .9 and rates["color"].rate > .7 and rates["motion"].rate > .5
+    assert rates["background"].rate > .9 and rates["color"].rate > .7 and rates["motion"].rate > .6
 
 
 def test_readme_python_runs():
