@@ -15,10 +15,10 @@ from string import Template
 
 import minisora
 
-# %% ../nbs/60_cli.ipynb #8aae0442
+# %% ../nbs/60_cli.ipynb #c689f1da
 PRESETS = dict(
     tiny="seconds, for tests: nothing to look at",
-    demo="two minutes on a small folder of clips: learns them by heart",
+    demo="two minutes on a small folder of clips, which it learns by heart",
     t2v="one sprite, 17 frames of 32x32, every attribute named: the model that ships",
     pairs="two sprites with a relation",
 )
