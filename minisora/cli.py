@@ -23,7 +23,7 @@ PRESETS = dict(
     pairs="two sprites with a relation",
 )
 
-# %% ../nbs/60_cli.ipynb #1d30e581
+# %% ../nbs/60_cli.ipynb #5108299f
 def preset(
     name,  # one of PRESETS
 ):
@@ -40,7 +40,7 @@ def preset(
         return N(world=dict(), vae=dict(width=128, encoder=2, decoder=2), dit=dict(width=128, depth=4, text_width=64, patch=(1, 2, 2)), batch=16, dit_batch=16, pool=400, captions=2,
                  vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.001, sampling=dict(steps=12))
     return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
-             batch=64, dit_batch=128, pool=40_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=3000),
+             batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=18_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
 
 # %% ../nbs/60_cli.ipynb #54f5c69e
@@ -69,7 +69,7 @@ class Captioned:
         scenes = self.world and self.world.sample(5000, generator(seed))
         return [text for level in LEVELS for text in self.say(scenes, level, generator(seed))] if self.world else self.source.texts()
 
-# %% ../nbs/60_cli.ipynb #0e424fd4
+# %% ../nbs/60_cli.ipynb #3770da23
 def train_sora(
     p,               # what `preset` returns
     source,          # .batch(generator, n, captions=k) -> clips and captions, .vocabulary(seed): see Captioned
@@ -110,7 +110,8 @@ def train_sora(
             torch.manual_seed(seed + 1)
             model = Sora(DiT(vae.config.channels, vocab=words.vocab_size, **p.dit), vae, words, dict(facts, sampling=dict(shift=p.shift, **p.sampling))).to(device)
             model.measure(batch["clips"].to(device))
-        z.append(model.latents(batch["clips"].to(device)).half().cpu()); captions += batch["captions"]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(p.dit_recipe.bf16)): z.append(model.latents(batch["clips"].to(device)).half().cpu())
+        captions += batch["captions"]
     z = torch.cat(z)
     ids, _ = model.tokenizer.encode([c for row in captions for c in row])
     ids = ids.view(len(z), p.captions, -1).short()
@@ -452,8 +453,9 @@ def demo(args):
 
 # %% ../nbs/60_cli.ipynb #8bd965c4
 def ledger(args):
-    "Print what was measured."
+    "Print what was measured, or write it into README."
     from minisora import core
+    if args.readme: print(f"{args.readme}: {'table of claims written' if core.write_claims(args.readme) else 'nothing to change'}"); return
     records = core.ledger()
     if args.json: print(json.dumps(records, indent=1, ensure_ascii=False)); return
     for r in records:
@@ -518,6 +520,7 @@ def parser():
     add("--seconds", type=number(float, 0, 86400, "a number of seconds"), default=120, help="of training, about, on two quiet cores")
     add = command("ledger", ledger, "print what was measured")
     add("--json", action="store_true", help="as one JSON list")
+    add("--readme", metavar="FILE", help="instead, write the table of claims between the marks of this README, from the records of its checkout")
     return top
 
 def main(

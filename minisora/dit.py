@@ -113,7 +113,7 @@ class Trunk(nn.Module):
         for i, block in enumerate(self.blocks): h = block(h, mod[6 * i:6 * i + 6], text, mask)
         return self.out(modulate(h, *mod[-2:]))
 
-# %% ../nbs/31_dit.ipynb #0343aa6f
+# %% ../nbs/31_dit.ipynb #9bbdde2a
 def initialise(
     model,  # a network with a Trunk called trunk
 ):
@@ -121,7 +121,7 @@ def initialise(
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)  # signals keep their size, forward and backward
-            nn.init.zeros_(m.bias)
+            if m.bias is not None: nn.init.zeros_(m.bias)
         if isinstance(m, nn.Embedding): nn.init.normal_(m.weight, std=.5)  # words as loud as their places
     for block in model.trunk.blocks:
         if block.cross is not None: nn.init.zeros_(block.cross.proj.weight)  # the caption is silent at first
@@ -163,7 +163,7 @@ class DiTConfig:
         "Width 32 per block, the caption's half of that: one number sets the size."
         return cls(**{**dict(depth=depth, width=32 * depth, text_width=max(128, 16 * depth)), **fields})
 
-# %% ../nbs/31_dit.ipynb #b4911c8f
+# %% ../nbs/31_dit.ipynb #166a9809
 class DiT(nn.Module):
     "Noisy clip, time and caption in, velocity out ([Peebles & Xie 2022](https://arxiv.org/abs/2212.09748))."
     def __init__(self,
@@ -179,7 +179,7 @@ class DiT(nn.Module):
             self.words = nn.Embedding(c.vocab, c.text_width)
             self.null = nn.Parameter(torch.randn(1, 1, c.text_width) / 2)
             self.text_blocks = nn.ModuleList(Block(c.text_width, _heads(c.text_width, 32)) for _ in range(c.text_depth))
-            self.text_norm, self.pool = nn.LayerNorm(c.text_width), nn.Linear(c.text_width, c.width)
+            self.text_norm, self.pool = nn.LayerNorm(c.text_width), nn.Linear(c.text_width, c.width, bias=False)  # time has the bias
         self.trunk = Trunk(c.width, c.depth, c.heads, numbers, c.text_width if c.vocab else None, c.qk_norm)
         initialise(self)
 

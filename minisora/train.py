@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from . import core
 
-# %% ../nbs/07_train.ipynb #64315c1e
+# %% ../nbs/07_train.ipynb #5b7aada3
 @dataclass(frozen=True)
 class Recipe:
     "How a model is trained: one flat table, a reason beside each line."
@@ -30,7 +30,7 @@ class Recipe:
     clip: float = 1.            # longest gradient
     ema: float = .999           # the average that is kept in the end: it is what sampling uses
     accumulate: int = 1         # batches per step
-    muon: bool = True           # Muon for the matrices of blocks, AdamW for the rest; False: AdamW for all
+    muon: float = 1.            # rate of Muon, for the matrices of blocks, in units of lr; AdamW has the rest. 0: AdamW for all
     bf16: bool | None = None    # autocast; None: where CUDA has it, never on a CPU
     compile: bool = True        # torch.compile the loss
     save_every: int = 500       # steps between checkpoints
@@ -40,7 +40,7 @@ class Recipe:
     def __post_init__(self):
         for name, low in dict(steps=1, warmup=0, accumulate=1, save_every=1, log_every=1, seed=0).items():
             if type(n := getattr(self, name)) is not int or n < low: raise core.UserError(f"{name} is {n!r}: expected a whole number from {low} up")
-        for name, high in dict(lr=math.inf, final=1, weight_decay=math.inf, clip=math.inf, ema=1).items():
+        for name, high in dict(lr=math.inf, final=1, weight_decay=math.inf, clip=math.inf, ema=1, muon=math.inf).items():
             if not 0 <= (x := getattr(self, name)) <= high or name in ("lr", "clip") and x == 0:
                 raise core.UserError(f"{name} is {x!r}: expected a number {'above' if name in ('lr', 'clip') else 'from'} 0{f' to {high}' if high == 1 else ''}")
 
@@ -50,14 +50,14 @@ def schedule(step: int, recipe: Recipe) -> float:  # step: 0 ... steps - 1
     up = min(1., (step + 1) / max(1, recipe.warmup))
     return recipe.lr * up * (recipe.final + (1 - recipe.final) * .5 * (1 + math.cos(math.pi * step / recipe.steps)))
 
-# %% ../nbs/07_train.ipynb #b7ece508
+# %% ../nbs/07_train.ipynb #d6f1fd01
 def optimizers(model, recipe: Recipe) -> list[torch.optim.Optimizer]:  # a model's repeated parts are in a ModuleList or Sequential
     "[Muon](https://kellerjordan.github.io/posts/muon/) (Jordan 2024) for matrices inside lists of blocks, [AdamW](https://arxiv.org/abs/1711.05101) for embeddings, heads, gains and biases."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inside = lambda n, p: recipe.muon and p.ndim == 2 and any(part.isdigit() for part in n.split("."))
     hidden, rest = ([p for n, p in named if inside(n, p) == k] for k in (True, False))
     out = []
-    if hidden: out.append(torch.optim.Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if hidden: out.append(torch.optim.Muon(hidden, lr=recipe.lr * recipe.muon, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"))
     if rest: out.append(torch.optim.AdamW(rest, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(.9, .99), fused=True))
     return out
 
@@ -201,7 +201,7 @@ def first_bad(model, loss, batch: dict) -> str | None:  # None: all is finite
     if bad(value[0] if isinstance(value, tuple) else value): return "the loss itself"
     return next((f"the gradient of {n}" for n, p in reversed(list(model.named_parameters())) if bad(p.grad)), None)
 
-# %% ../nbs/07_train.ipynb #acfbcae5
+# %% ../nbs/07_train.ipynb #33afba2a
 def differs(old, new, name="") -> str | None:
     "The first entry in which two cards differ, in words."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -257,7 +257,7 @@ def fit(
                                  f"What was saved is whole: look at that tensor, or begin again with a lower lr than {r.lr}")
         clip_grads_with_norm_(weights, r.clip, norm)
         for o in opts:
-            for group in o.param_groups: group["lr"] = schedule(i, r)
+            for group in o.param_groups: group["lr"] = schedule(i, r) * (r.muon if isinstance(o, torch.optim.Muon) else 1)
             o.step(); o.zero_grad()
         follow(average, model, i, r.ema)
         return values, norm.item()

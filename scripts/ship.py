@@ -1,0 +1,41 @@
+"""Take a finished run into the package: weights at half precision, their card, and how the training went.
+
+    python scripts/ship.py RUN NAME "2 CPU cores, bf16"
+
+RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors, their cards, and
+minisora/results/NAME_training.json, which chapter 41 draws.
+"""
+import json, sys
+from pathlib import Path
+
+from minisora import core
+from minisora.sora import Sora
+from minisora.train import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def stage(folder, every=200):
+    "FLOPs and minutes of one stage, and every so many steps of its log, grades always."
+    card = json.loads(max(folder.glob("step-*.json"), key=lambda p: p.stem).read_text(encoding="utf-8"))
+    log, past, last = [], 0., 0.
+    for entry in read_log(folder):
+        if entry["seconds"] < last: past += last  # early versions began a session's clock anew
+        last = entry["seconds"]
+        log.append({k: v for k, v in entry.items() if k not in ("norm", "lr", "parts", "seconds")} | dict(minutes=round((past + last) / 60, 2)))
+    kept = [e for e in log if "loss" not in e or e["step"] % every == 0 or e["step"] == card["step"]]
+    return dict(steps=card["step"], flops=card["flops"], compiled=card["compiled"], minutes=log[-1]["minutes"], recipe=card["recipe"], log=kept)
+
+
+def main(run, name, device):
+    stages, model = {k: stage(Path(run) / k) for k in ("vae", "dit")}, Sora.from_pretrained(run)
+    total = {k: {s: stages[s][k] for s in stages} for k in ("steps", "flops", "minutes", "compiled")}
+    model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, **total)
+    about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=model.card.get("command"), stages=stages)
+    core.write_atomic(ROOT / f"minisora/results/{name}_training.json", json.dumps(about) + "\n")
+    print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4: sys.exit(__doc__)
+    main(*sys.argv[1:])
