@@ -1,5 +1,5 @@
 "Weights that were tampered with are refused; the ledger is where it must be; FLOPs are those of the formula."
-import json, os, subprocess, sys
+import json, os, shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,85 @@ def test_interrupted_write_keeps_the_old(tmp_path, monkeypatch):
         with pytest.raises(core.UserError, match="cannot write .*No space left"): core.write_atomic(tmp_path / "a", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
     with pytest.raises(core.UserError, match="cannot write"): core.write_atomic(tmp_path / "a" / "b", "below a file")
+
+
+PAIRS = {"old": torch.zeros(2), "new": torch.ones(2), "newest": torch.full((2,), 2.)}
+
+
+def save_cut(path, what, at, monkeypatch, calls=("fsync", "replace")):
+    "Save, but let the machine die before call number `at` of those that touch the disk; says whether it got that far."
+    count = iter(range(10**6))
+    def dying(real):
+        def call(*args):
+            if next(count) == at: raise KeyboardInterrupt
+            return real(*args)
+        return call
+    with monkeypatch.context() as m:
+        for name in calls: m.setattr(os, name, dying(getattr(os, name)))
+        try: core.save(path, {"w": PAIRS[what]}, {"what": what})
+        except KeyboardInterrupt: return True
+    return False
+
+
+def whole(path):
+    "What a load finds: card and weights of one save."
+    tensors, card = core.load(path)
+    assert torch.equal(tensors["w"], PAIRS[card["what"]])
+    return card["what"]
+
+
+def test_a_save_cut_short_anywhere_loses_nothing(tmp_path, monkeypatch):
+    found = []
+    for at in range(100):
+        path = tmp_path / str(at) / "m.safetensors"
+        core.save(path, {"w": PAIRS["old"]}, {"what": "old"})
+        cut = save_cut(path, "new", at, monkeypatch)
+        found.append(whole(path))
+        for again in range(100):  # and it happens again, before anybody repaired the first one
+            copy = tmp_path / f"{at}-{again}" / "m.safetensors"
+            shutil.copytree(path.parent, copy.parent)
+            cut_again = save_cut(copy, "newest", again, monkeypatch)
+            assert whole(copy) in (found[-1], "newest")
+            if not cut_again: break
+        assert whole(copy) == "newest" and {".safetensors", ".json"} == {p.suffix for p in copy.parent.iterdir() if p.suffix != ".tmp"}
+        if not cut: break
+    assert found == sorted(found, key=["old", "new"].index) and {"old", "new"} == set(found) and at >= 6
+
+
+def test_a_first_save_cut_short_is_no_pair(tmp_path, monkeypatch):
+    for at in range(3):
+        path = tmp_path / str(at) / "m.safetensors"
+        assert save_cut(path, "new", at, monkeypatch)
+        with pytest.raises(core.UserError, match="cannot read|has no card"): core.load(path)
+        core.save(path, {"w": PAIRS["new"]}, {"what": "new"})
+        assert whole(path) == "new"
+
+
+def test_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    said = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=getattr(os, name): (said.append(name if name == "fsync" else Path(args[1]).suffix), real(*args))[1])
+    folder = ["fsync"] if os.name == "posix" else []
+    for first in (".safetensors", ".new"):
+        said.clear()
+        core.save(tmp_path / "m.safetensors", {"w": torch.ones(2)}, {})
+        assert said == ["fsync", first, *folder, "fsync", ".json", *folder, *([".safetensors", *folder] if first == ".new" else [])]
+
+
+def test_save_returns_the_card(tmp_path):
+    card = core.save(tmp_path / "m.safetensors", {"w": torch.ones(2)}, {"what": "new"})
+    assert card == core.load(tmp_path / "m.safetensors")[1] and card["what"] == "new"
+
+
+def test_waiting_weights_are_checked_too(saved):
+    good, digest = saved.read_bytes(), json.loads(saved.with_suffix(".json").read_text())["sha256"]
+    late = saved.with_name(f".{saved.name}.{digest[:16]}.new")
+    late.write_bytes(b"rubbish")
+    core.load(saved)
+    saved.write_bytes(good[:-1] + b"x")
+    refused(saved, "sha256 differs")
+    late.write_bytes(good)
+    core.load(saved)
 
 
 def test_shared_parameters_are_saved_once_each(tmp_path):
