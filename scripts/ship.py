@@ -3,7 +3,8 @@
     python scripts/ship.py RUN NAME "2 CPU cores, bf16"
 
 RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors, their cards, and
-minisora/results/NAME_training.json, which chapter 41 draws.
+minisora/results/NAME_training.json, which chapter 41 draws. A stage that the run did not train (a DiT on a VAE that ships already)
+stays there as it was recorded.
 """
 import json, sys
 from pathlib import Path
@@ -28,11 +29,13 @@ def stage(folder, every=200):
 
 
 def main(run, name, device):
-    stages, model = {k: stage(Path(run) / k) for k in ("vae", "dit")}, Sora.from_pretrained(run)
+    table, model = ROOT / f"minisora/results/{name}_training.json", Sora.from_pretrained(run)
+    past = json.loads(table.read_text(encoding="utf-8"))["stages"] if table.is_file() else {}
+    stages = {k: stage(Path(run) / k) if (Path(run) / k).is_dir() else past[k] for k in ("vae", "dit")}
     total = {k: {s: stages[s][k] for s in stages} for k in ("steps", "flops", "minutes", "compiled")}
     model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, **total)
     about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=model.card.get("command"), stages=stages)
-    core.write_atomic(ROOT / f"minisora/results/{name}_training.json", json.dumps(about) + "\n")
+    core.write_atomic(table, json.dumps(about) + "\n")
     print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")
 
 
