@@ -152,12 +152,12 @@ def test_steps_are_shared():
 
 
 def test_captions_by_the_handful():
-    source = cli.Captioned(data.WorldClips(world.World()))
+    source = data.WorldClips(world.World(), cli.LEVELS)
     batch, again = (source.batch(core.generator(3), 50, captions=20) for _ in range(2))
     assert torch.equal(batch["clips"], again["clips"]) and batch["captions"] == again["captions"]
     flat = [c for row in batch["captions"] for c in row]
     assert len(flat) == 1000 and 60 < flat.count("") < 140
-    words = {w for text in source.vocabulary(0) for w in re.findall(r"\w+", text.lower())}
+    words = {w for text in source.texts(0) for w in re.findall(r"\w+", text.lower())}
     assert not {w for c in flat for w in re.findall(r"\w+", c.lower())} - words
 
 

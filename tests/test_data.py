@@ -345,6 +345,10 @@ def test_layouts(clips, tmp_path):
     assert folder.texts() == ["ü", "p", "q r", "a caption in two lines"]
     drawn = {c for seed in range(20) for c in folder.batch(g(seed), 4)["captions"]}
     assert drawn == set(folder.texts())
+    many = quiet(tmp_path, unsaid=.2).batch(g(0), 90, captions=5)["captions"]
+    assert len(many) == 90 and {len(row) for row in many} == {5} and {frozenset(row) for row in many if len({*row} - {""}) > 1} >= {frozenset({"p", "q r"})}
+    assert 50 < sum(text == "" for row in many for text in row) < 130 and all(any({*row} <= {*texts, ""} for _, texts in folder.items) for row in many)
+    assert folder.batch(g(0), 2, captions=0)["captions"] == [[], []]
 
 
 @pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid"), reason="POSIX")
