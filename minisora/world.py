@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERSION', 'SHAPES', 'COLORS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'DIRECTIONS', 'MOTIONS', 'STILL', 'BOUNCE', 'GROW',
            'SHRINK', 'SPIN', 'ROUND', 'RELATIONS', 'SPEED', 'BOUNCE_SPEED', 'WALLS', 'MORE', 'LEVELS', 'NAMED', 'STAR',
-           'FIELDS', 'CHOICES', 'TABLES', 'SYNONYMS', 'VERBS', 'ACTS', 'ON', 'BESIDE', 'FILLERS', 'PHRASES', 'CENTROID',
-           'BLURS', 'distance', 'Scenes', 'reserved', 'World', 'twins', 'keep', 'sample', 'scene', 'tones', 'stamp',
-           'palette', 'render', 'caption', 'entropy', 'enumerate_scenes', 'asked', 'parse', 'paraphrase', 'centroid',
-           'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
+           'FIELDS', 'CHOICES', 'TABLES', 'SPLITS', 'SYNONYMS', 'VERBS', 'ACTS', 'ON', 'BESIDE', 'FILLERS', 'PHRASES',
+           'CENTROID', 'BLURS', 'distance', 'Scenes', 'reserved', 'World', 'twins', 'keep', 'sample', 'scene', 'tones',
+           'stamp', 'palette', 'render', 'caption', 'entropy', 'enumerate_scenes', 'asked', 'parse', 'paraphrase',
+           'centroid', 'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
 
 # %% ../nbs/02_world.ipynb #7e4d22be
 import itertools, math, random, re
@@ -135,10 +135,10 @@ class World:
         if self.size < 16 or self.size % 16: raise ValueError(f"size is {self.size}: expected a multiple of 16")
         if self.frames < 1: raise ValueError(f"frames is {self.frames}: expected 1 or more")
         if self.sprites not in (1, 2, 3): raise ValueError(f"sprites is {self.sprites}: expected 1, 2 or 3")
-        for k, table in CHOICES.items():
+        for k, table in (CHOICES | dict(layouts=range(4))).items():
             put(k, tuple(getattr(self, k)))
-            _index(getattr(self, k), table, k)
-        put("layouts", tuple(self.layouts) if self.sprites > 1 else (0,))
+            if not _index(getattr(self, k), table, k): raise ValueError(f"{k} is empty: expected some of {', '.join(map(str, table))}")
+        if self.sprites == 1: put("layouts", (0,))
         if self.frames == 1: put("motions", ("standing still",))
 
     @classmethod
@@ -228,7 +228,9 @@ def _draw(W, n, g):
     s.start = lo + torch.floor(torch.rand(n, S, 2, generator=g)*((hi - lo)/W.grid + 1).clamp(min=1))*W.grid
     return s
 
-def keep(W: World, s: Scenes, split: str = "train") -> torch.Tensor:  # (b) bool; split: train, heldout, swap or all
+SPLITS = "train", "heldout", "swap", "all"
+
+def keep(W: World, s: Scenes, split: str = "train") -> torch.Tensor:  # (b) bool; split: one of `SPLITS`
     "Which scenes exist in a split."
     lo, hi = W.starts(s)
     ok = ((lo <= hi).all(-1) & ~((s.motion == SPIN) & torch.isin(s.shape, torch.tensor(ROUND)))).all(1) & _apart(s.shape, s.color)
@@ -239,13 +241,11 @@ def keep(W: World, s: Scenes, split: str = "train") -> torch.Tensor:  # (b) bool
 
 def sample(W: World, n: int, generator: torch.Generator | None = None, split: str = "train") -> Scenes:  # split: as in `keep`
     "Draw n scenes; what a split may not show is drawn again. In `swap`, 2k and 2k + 1 differ only in whose color is whose."
-    if split not in ("train", "heldout", "swap", "all"): raise ValueError(f"split is {split!r}: expected train, heldout, swap or all")
+    if split not in SPLITS: raise ValueError(f"split is {split!r}: expected train, heldout, swap or all")
     if split in ("heldout", "swap") and not W.reserve: raise ValueError(f"split is {split!r}, but this world reserves nothing: expected train")
     if split == "swap" and (W.sprites < 2 or n % 2): raise ValueError(f"split='swap' came with sprites={W.sprites}, n={n}: expected 2 sprites or more, and an even n")
-    if W.uniform:
-        every = W.enumerate()
-        return every[torch.randint(len(every), (n,), generator=generator)]
     parts, have, want = [], 0, n//2 if split == "swap" else n
+    if W.uniform and len(every := W.enumerate(split)): parts, have = [every[torch.randint(len(every), (want,), generator=generator)]], want
     while have < want or not parts:
         s = _draw(W, max(64, int((want - have)*dict(swap=40, heldout=6).get(split, 1.8))), generator)
         parts.append(s[keep(W, s, split)])
@@ -272,7 +272,11 @@ def scene(W: World, **names) -> Scenes:  # of one
                torch.tensor(_index([v["background"]], BACKGROUNDS, "background")))
     s.path = torch.where(s.motion == BOUNCE, s.path, 0)
     lo, hi = W.starts(s)
-    s.start = lo + torch.floor((hi - lo)/2/W.grid)*W.grid if v["start"] is None else torch.tensor(v["start"]).float().reshape(1, S, 2)
+    if not (lo <= hi).all(): raise ValueError(f"{W.caption(s, 'medium')[0]!r} finds no room for {W.frames} frames: expected other motions, sizes or relations")
+    s.start = lo + torch.floor((hi - lo)/2/W.grid)*W.grid
+    if v["start"] is not None:
+        if torch.tensor(v["start"]).numel() != 2*S: raise ValueError(f"start is {v['start']!r}: expected x, y of {S}, one pair per sprite")
+        s.start = torch.tensor(v["start"]).float().reshape(1, S, 2)
     if not ((lo <= s.start) & (s.start <= hi)).all():
         raise ValueError(f"start is {v['start']}: expected x, y from {lo[0].tolist()} to {hi[0].tolist()} for {W.frames} frames")
     return s
@@ -393,7 +397,7 @@ def entropy(W: World, level: str, split: str = "train") -> float:  # level: one 
     if level == "none": return 0.
     names = NAMED[level]
     if W.uniform:
-        s = W.enumerate()
+        s = W.enumerate(split)
         said = torch.cat([getattr(s, k).reshape(len(s), -1).float() for k in FIELDS if k in names or k == "layout"], 1)
         n = said.unique(dim=0, return_counts=True)[1].double()
         return (math.log2(len(s)) - (n*n.log2()).sum()/len(s)).item()
@@ -425,8 +429,9 @@ def entropy(W: World, level: str, split: str = "train") -> float:  # level: one 
     return (math.log2(total) - plogp/total).item() + grounds
 
 # %% ../nbs/02_world.ipynb #05b0bbf3
-def enumerate_scenes(W: World, split: str = "train", most: int = 200_000) -> Scenes:  # split: train, heldout or all; most: refuse beyond
+def enumerate_scenes(W: World, split: str = "train", most: int = 200_000) -> Scenes:  # split: as in `keep`; most: refuse beyond
     "Every scene of a small world, each once."
+    if split not in SPLITS: raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     per = [[_one_sprite(W, i, layout) for i in range(W.sprites)] for layout in W.layouts]
     kinds, grains = len(per[0][0][1]), torch.tensor(list(TEXTURES.values()))[per[0][0][0].texture[:, 0]]
     bound = sum(math.prod((starts*grains).sum().item() for _, starts in sprites) for sprites in per)*len(W.backgrounds)
@@ -497,7 +502,7 @@ def _parse(W, text):
         if m := re.fullmatch(r"x(\d+) y(\d+)", phrase): places[i].append((int(m[1]), int(m[2])))
         elif m := re.fullmatch(r"(?:no )?grain(?: (\d+))?", phrase): said[i].setdefault("grain", int(m[1] or 0))
         elif k == "way": ways[i].append(v)
-        elif k == "relation" and len(relations) < W.sprites - 1: relations, i = relations + [v], i + 1
+        elif k == "relation" and len(relations) < W.sprites - 1: relations, i = relations + [v], min(i + 1, W.sprites - 1)
         elif k == "background" and ground in (-1, v): ground = v
         elif k in ("shape", "size", "texture", "motion", "color") and words[at:at + 1] != ["background"] and said[i].setdefault(k, v) == v: pass
         elif phrase in ("a", "an") and "shape" in said[i] and i < W.sprites - 1: i += 1
