@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'LEVELS', 'FORMATS', 'SAMPLER_NAMES', 'PAGE', 'WORDING', 'preset', 'train_sora', 'adjusted', 'tile', 'draw',
-           'watch', 'Parser', 'number', 'device_name', 'check_place', 'card_of', 'load_sora', 'targets', 'sample',
-           'train', 'spread', 'variation', 'evaluate', 'cards', 'notes', 'curve', 'demo', 'ledger', 'parser', 'main']
+           'watch', 'Parser', 'number', 'device_name', 'check_place', 'place', 'card_of', 'load_sora', 'targets',
+           'sample', 'train', 'spread', 'variation', 'evaluate', 'cards', 'notes', 'curve', 'demo', 'ledger', 'parser',
+           'main']
 
 # %% ../nbs/60_cli.ipynb #f6518086
 import argparse, html, json, math, os, re, sys, warnings
@@ -175,7 +176,12 @@ def check_place(path):                                # of a file that is to be 
     "Refuse early what could not be written later."
     there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
     if there != Path(path) and not there.is_dir(): raise ValueError(f"cannot write {path}: {there} is not a folder")
+    if Path(path).is_dir(): raise ValueError(f"cannot write {path}: it is a folder")
     if not os.access(there, os.W_OK): raise ValueError(f"cannot write {path}: no right to write in {there}")
+
+def place(text):                                      # of a file that is written when all is done
+    try: return check_place(text) or text
+    except ValueError as e: raise argparse.ArgumentTypeError(e) from None
 
 def card_of(name):                                    # shipped name, folder or .safetensors file
     "The card of weights, without loading them; empty where it cannot be read, which loading will explain."
@@ -464,7 +470,7 @@ def parser():
     add("--height", type=count, default=32, help="pixels")
     add("--width", type=count, default=32, help="pixels")
     add("--scale", type=number(int, 1, 64, "a whole number from 1 to 64"), default=1, help="write each pixel so many times in both directions")
-    add("--fps", type=number(float, .1, 100, "a number from 0.1 to 100"), default=8, help="frames per second")
+    add("--fps", type=number(float, .1, 50, "a number from 0.1 to 50"), default=8, help="frames per second")
     add("--grid", action="store_true", help="all prompts in one clip")
     add("--force", action="store_true", help="write over what is there")
     add = command("train", train, "train a model from nothing")
@@ -486,7 +492,7 @@ def parser():
     add("--level", choices=("short", "medium", "long", "full"), default="long", help="of the captions")
     add("--split", nargs="+", choices=("train", "heldout"), default=["train", "heldout"], help="new draws of what was trained, combinations that were not")
     add("--physics", action="store_true", help="also check the laws of motion")
-    add("--json", metavar="FILE", help="write the numbers there")
+    add("--json", metavar="FILE", type=place, help="write the numbers there")
     add("--record", action="store_true", help="write them to the ledger")
     add = command("demo", demo, "draw, grade, train for two minutes, and show it all on a page")
     add("--out", default="demo", help="folder of the page")
@@ -503,13 +509,19 @@ def main(
 ):  # exit code: 0, 2 for the user's mistake, 130 after Ctrl-C
     "Run one command."
     say = lambda text: print("minisora:", " ".join(str(text).split()), file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # for terminals that know no é and no σ
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
         try:
             args = parser().parse_args(argv)
-            return args.run(args) or 0
+            code = args.run(args) or 0
+            sys.stdout.flush()
+            return code
         except SystemExit as e: return e.code                          # --help and --version
         except KeyboardInterrupt: say("interrupted"); return 130
+        except BrokenPipeError:                                        # whoever read has gone, as in `minisora ledger | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except ValueError as e:
             say(e)
             return 130 if type(e).__name__ == "Stopped" else 2         # train.Stopped, by name: importing it would import torch

@@ -206,7 +206,7 @@ def test_mistakes_of_sample(run, says, tmp_path):
     says("sample", "--prompts", tmp_path / "empty.txt", "--out", out, words="empty.txt holds no prompt")
     says("sample", "--prompts", tmp_path / "latin.txt", "--out", out, words="latin.txt is not UTF-8")
     says("sample", "--prompts", tmp_path / "none.txt", "--out", out, words="cannot read .*none.txt: No such file")
-    for option, value in (("--seed", "-1"), ("--seed", "1.5"), ("--seed", "9" * 30), ("--frames", "0"), ("--steps", "x"), ("--cfg-scale", "nan"), ("--fps", "0"), ("--scale", "1000"), ("--sampler", "magic"), ("--device", "abacus"), ("--wat", "1")):
+    for option, value in (("--seed", "-1"), ("--seed", "1.5"), ("--seed", "9" * 30), ("--frames", "0"), ("--steps", "x"), ("--cfg-scale", "nan"), ("--fps", "0"), ("--fps", "51"), ("--scale", "1000"), ("--sampler", "magic"), ("--device", "abacus"), ("--wat", "1")):
         says(*s, "--out", out, f"{option}={value}", words=re.escape(option))
     says(*s, "--out", out, "--height", 33, words="--height is 33: expected a multiple of 8")
     says(*s, "--out", out, "--width", 12, words="--width is 12: expected a multiple of 8")
@@ -244,6 +244,8 @@ def test_mistakes_about_weights(run, says, tmp_path):
     (tmp_path / "a.pt").write_bytes(b"x")
     says("sample", PROMPT, "--weights", tmp_path / "a.pt", "--out", tmp_path / "a.gif", words="pickled")
     says("eval", "--weights", "nothing", words="no weights at nothing: expected")
+    says("eval", "--weights", run, "--json", tmp_path, words="--json: cannot write .*it is a folder")      # before hours of drawing, not after
+    says("eval", "--weights", run, "--json", tmp_path / "a.pt" / "b.json", words="--json: cannot write .*a.pt is not a folder")
 
 
 def test_mistakes_of_train(says, folder, tmp_path):
@@ -309,6 +311,16 @@ def test_ledger(capsys, tmp_path, monkeypatch):
     ok("ledger")
     assert len(capsys.readouterr().out.splitlines()) == len(records)
 
+
+def test_output_that_nobody_reads(tmp_path):
+    line = [sys.executable, "-m", "minisora.cli", "ledger"]
+    env = dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parent.parent), PYTHONIOENCODING="ascii")
+    assert subprocess.run([*line], env=env, cwd=tmp_path, capture_output=True).returncode == 0      # σ and é are spelled out
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(line, env=env, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode == 141
 
 class Page(html.parser.HTMLParser):
     def __init__(self, text):
