@@ -361,13 +361,13 @@ def caption(s: Scenes, level: str = "long") -> list[str]:  # (b); level: one of 
     if level == "none": return [""]*len(s)
     W, said, out = s.world, NAMED[level], []
     names, v = {k: list(table) for k, table in TABLES.items()}, {k: getattr(s, k).tolist() for k in FIELDS}
-    at = W.kinematics(s)[0][:, :, [0, (W.frames - 1)//2, W.frames - 1]].round().long().tolist()
+    order = [k for k in ("size", "texture", "color", "shape", "motion") if k in said and (k != "motion" or W.frames > 1)]
+    if "start" in said: at = W.kinematics(s)[0][:, :, [0, (W.frames - 1)//2, W.frames - 1]].round().long().tolist()
     for b in range(len(s)):
         parts = []
         for i in range(W.sprites):
             textured = v["texture"][b][i] > 0
-            shown = {k for k in said if (k != "texture" or textured) and (k != "motion" or W.frames > 1)}
-            words = [names[k][v[k][b][i]] for k in ("size", "texture", "color", "shape", "motion") if k in shown]
+            words = [names[k][v[k][b][i]] for k in order if k != "texture" or textured]
             if "start" in said:
                 way = [f"x{x} y{y}" for x, y in at[b][i]]
                 words.append(f"at {way[0]}" if len(set(way)) == 1 else f"from {way[0]} through {way[1]} to {way[2]}")
