@@ -369,11 +369,9 @@ class Folder:
 class WorldClips:
     "The sprite world behind the same door as a folder: nothing is stored, every batch is new."
     bad = ()
-    def __init__(self,
-        world: World,
+    def __init__(self, world: World,
         levels=dict(short=1, medium=1, long=4, full=1, paraphrase=2),  # level of caption, or `paraphrase` → how often, relative to the others
-        split: str = "train",
-    ):
+        split: str = "train"):
         unknown = set(levels) - {*LEVELS, "paraphrase"}
         if unknown or not levels: raise ValueError(f"levels holds {sorted(unknown)}: expected some of {', '.join(LEVELS)}, paraphrase")
         self.world, self.levels, self.split = world, dict(levels), split
@@ -398,12 +396,7 @@ class WorldClips:
         if not len(scenes): return []
         return self.world.paraphrase(scenes, generator) if level == "paraphrase" else self.world.caption(scenes, level)
 
-def open_data(
-    name,  # `world`, or a folder of clips (a folder of that very name: ./world)
-    frames: int = 17,
-    size=(32, 32),  # height and width, or one number for both
-    **options,  # of `WorldClips` or `Folder`
-):
+def open_data(name, frames: int = 17, size=(32, 32), **options):  # `world` or a folder (of that very name: ./world); options of the class
     "What `--data` names: the sprite world or the reader's own clips."
     h, w = _size(size)
     if str(name) != "world": return Folder(name, frames, (h, w), **options)

@@ -41,10 +41,7 @@ LEVELS, NAMED = tuple(MORE), dict(zip(MORE, itertools.accumulate(MORE.values()))
 # %% ../nbs/02_world.ipynb #ac7432af
 STAR = [(r*math.sin(a), -r*math.cos(a)) for a, r in ((0., 1.05), (math.pi/5, .46))]  # a tip, and the notch beside it
 
-def distance(
-    shape: str,  # one of `SHAPES`, of radius 1
-    x: torch.Tensor, y: torch.Tensor,  # points; y points down, as rows do
-) -> torch.Tensor:  # negative inside, about 0 on the outline
+def distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # of radius 1; points, y down as rows; negative inside, 0 on the outline
     "Signed distance to a shape (Quilez's sketches of such functions; ours are rough far from the outline)."
     box = lambda a, b: torch.maximum(x.abs() - a, y.abs() - b)
     if shape == "circle": return (x*x + y*y).sqrt() - .95
@@ -813,8 +810,7 @@ class Grades:
     def __str__(self): return "\n".join(f"{k:12}{v}" for k, v in self.rates.items())
 
 def grade(
-    clips: torch.Tensor,  # (b f c h w) in [-1, 1]
-    scenes: Scenes,  # what they should show: (b) scenes, or `world.asked(prompts)`
+    clips: torch.Tensor, scenes: Scenes,  # (b f c h w) in [-1, 1]; what they should show: (b) scenes, or `world.asked(prompts)`
     level: str = "long",  # the attributes that this level of caption names are graded
     reading: dict | None = None,  # of `read`, if it has been read before
 ) -> Grades:
@@ -843,12 +839,8 @@ def grade(
     return Grades({k: torch.stack([by[k] for by in tries]).gather(0, best[None])[0] for k in by}, asked)
 
 # %% ../nbs/02_world.ipynb #47157636
-def physics(
-    clips: torch.Tensor,  # (b f c h w) in [-1, 1]
-    reading: dict | None = None,  # of `read`, if it has been read before
-    world: World | None = None,  # as in `read`
-) -> dict:  # jump, bounce, identity, vanish: (b) bool, true where violated; ok: (b) bool
-    "Does each sprite obey the law that it seems to follow, and stay what it is?"
+def physics(clips: torch.Tensor, reading: dict | None = None, world: World | None = None) -> dict:  # as in `grade` and `read`
+    "Does each sprite obey its law, and stay what it is? (b) bool: jump, bounce, identity, vanish, true where violated; ok, where none is."
     r = reading or read(clips, world=world)
     unit, F, bad = clips.shape[-1]/32, clips.shape[1], {k: r["sprites"] < 0 for k in ("jump", "bounce", "identity")} | dict(vanish=r["sprites"] == 0)
     third = max(1, F//3)
