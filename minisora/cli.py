@@ -514,6 +514,8 @@ def main(
         warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
         try:
             args = parser().parse_args(argv)
+            empty = next((k for k, v in vars(args).items() if v == "" and k != "negative"), None)      # such as --data $FOLDER, never set
+            if empty: raise ValueError(f"--{empty} is empty: expected a value")
             code = args.run(args) or 0
             sys.stdout.flush()
             return code

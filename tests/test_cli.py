@@ -258,6 +258,8 @@ def test_mistakes_of_train(says, folder, tmp_path):
     (tmp_path / "file").write_text("")
     says("train", "--preset", "tiny", "--out", tmp_path / "file", words="file is not a folder")
     for option, value in (("--steps", 1), ("--lr", 0), ("--batch", 0), ("--save-every", "x"), ("--seed", "-3")): says("train", "--preset", "tiny", *out, f"{option}={value}", words=option)
+    says("train", "--preset", "tiny", *out, "--data", "", words="--data is empty")                     # else it would read the current folder
+    for option in ("--out", "--weights", "--prompts"): says("sample", "a", *out, option, "", words=f"{option} is empty")
     assert not (tmp_path / "r").exists()
     shutil.copytree(folder, tmp_path / "bad")
     for f in (tmp_path / "bad").iterdir():
