@@ -327,7 +327,7 @@ class Folder:
         return sorted(found)
 
     def _entries(self, files, clips):
-        "Place, file and captions for each line of captions.jsonl and each .txt beside a clip."
+        "Place, file and captions, None if they cannot be read, for each line of captions.jsonl and each .txt beside a clip."
         lines = self._bytes("captions.jsonl").splitlines() if "captions.jsonl" in files else []
         for k, line in enumerate(lines, 1):
             here = f"{self.path / 'captions.jsonl'} line {k}"
@@ -345,16 +345,17 @@ class Folder:
         beside = {}
         for name in sorted(clips): beside.setdefault(name.rpartition(".")[0], []).append(name)
         for note in (name for name in files if name.endswith(".txt")):
-            try: text = " ".join(self._bytes(note).decode("utf-8-sig").split())
-            except UnicodeDecodeError: self._complain(f"{self.path / note} is not UTF-8: save it in that encoding"); continue
-            if note[:-4] not in beside: self._complain(f"{self.path / note} stands beside no clip: add {note[:-4]}.gif (or .png, .mp4, …), or remove it")
-            for name in beside.get(note[:-4], []): yield self.path / note, name, [text]
+            if note[:-4] not in beside: self._complain(f"{self.path / note} stands beside no clip: add {note[:-4]}.gif (or .png, .mp4, …), or remove it"); continue
+            try: texts = [" ".join(self._bytes(note).decode("utf-8-sig").split())]
+            except UnicodeDecodeError: texts = self._complain(f"{self.path / note} is not UTF-8: save it in that encoding")
+            for name in beside[note[:-4]]: yield self.path / note, name, texts
 
     def _captions(self, files, clips):
         "File name → its captions; none left where the complaint was made already."
         captions = {}
         for here, name, texts in self._entries(files, clips):
             if name not in clips: self._complain(f"{here} names {name}, which is no clip in this folder: add it, or remove the line")
+            elif texts is None: captions.setdefault(name, [])  # said already
             elif name in captions: self._complain(f"{here} captions {name} again: keep one (captions.jsonl takes a list of captions)")
             else:
                 captions[name] = [text for text in texts if text]

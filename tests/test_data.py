@@ -300,6 +300,8 @@ BAD = {  # what is put into a folder beside one good clip → words of the one l
     "empty caption": ({"e.png": None, "e.txt": " \n"}, "e.txt has an empty caption for e.png"),
     "caption without clip": ({"e.txt": "x"}, "e.txt stands beside no clip"),
     "latin-1": ({"e.png": None, "e.txt": "grün".encode("latin-1"), "captions.jsonl": '{"file": "e.png", "caption": "x"}'}, "e.txt is not UTF-8"),
+    "utf-16": ({"e.png": None, "e.txt": "grün".encode("utf-16")}, "e.txt is not UTF-8"),
+    "latin-1 alone": ({"e.txt": "grün".encode("latin-1")}, "e.txt stands beside no clip"),
     "line not JSON": ({"captions.jsonl": '\n{"file": '}, "line 2 does not have the form"),
     "line a list": ({"captions.jsonl": "[1, 2]"}, "line 1 does not have the form"),
     "line without caption": ({"captions.jsonl": '{"file": "good.gif"}'}, "line 1 does not have the form"),
