@@ -272,6 +272,7 @@ def train(args):
         print(f"finished already: {out/'model.safetensors'}")
         return
     train_sora(p, data, out, args.seed, device, args.resume, facts, watch(data, out, 4 if args.preset == "tiny" else 36))
+    for left in out.glob(".*.tmp"): left.unlink(missing_ok=True)      # by a writer that was killed
     print(f"finished: {out/'model.safetensors'}; minisora sample PROMPT --weights {out} --out clip.gif draws with it")
 
 # %% ../nbs/60_cli.ipynb #1efde7a1

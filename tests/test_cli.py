@@ -91,8 +91,10 @@ def test_killed_and_resumed_is_the_same_run(run, tmp_path):
         while not list(out.glob("dit/step-*.json")) and p.poll() is None and time.time() < end: time.sleep(.02)
         p.kill()
     assert list(out.glob("dit/step-*.json")) and not (out / "model.json").exists()
+    (out / ".samples.webp.1.tmp").write_bytes(b"half")          # of a writer that was killed, too
     ok(*TRAIN, "--out", out, "--resume")
-    names = sorted(f.relative_to(run).as_posix() for f in run.rglob("*") if f.is_file())
+    names, again = (sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()) for folder in (run, out))
+    assert names == again
     assert {n for n in names if (out / n).read_bytes() != (run / n).read_bytes()} <= {"dit/log.jsonl", "vae/log.jsonl"}, "only the log's seconds may differ"
     assert "seconds" not in (run / "model.json").read_text() and str(run.parent) not in (run / "model.json").read_text()
 
