@@ -22,10 +22,7 @@ from .core import UserError, write_atomic
 from .world import LEVELS, World
 
 # %% ../nbs/04_data.ipynb #426100a0
-def crop(
-    picture: Image.Image,  # of any size
-    size: tuple[int, int],  # height, width
-) -> Image.Image:  # of exactly that size
+def crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:  # of any size; height, width; of exactly that size
     "The largest centred part that has the target's aspect, resized with an antialiased triangle filter."
     h, w = size
     scale = min(picture.width / w, picture.height / h)
@@ -34,9 +31,7 @@ def crop(
     return picture.resize((w, h), Image.Resampling.BILINEAR, box)
 
 # %% ../nbs/04_data.ipynb #bc5812b0
-def rgb(
-    picture: Image.Image,  # of any mode: 1, L, LA, P, PA, I;16, I, F, RGB, RGBA, CMYK, YCbCr
-) -> Image.Image:
+def rgb(picture: Image.Image) -> Image.Image:  # of any mode: 1, L, LA, P, PA, I;16, I, F, RGB, RGBA, CMYK, YCbCr
     "Upright by its EXIF tag, on black where it is transparent, eight bits each of red, green and blue."
     picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] == "I": picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype("uint8"))
@@ -163,11 +158,6 @@ def write_clip(
     pixels = rearrange(((clip.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte(), "f c h w -> f h w c").expand(-1, -1, -1, 3).contiguous().numpy()
     write_atomic(path, _mp4(pixels, fps) if video else _gif(pixels, fps) if kind == ".gif" else _image(pixels, fps, IMAGES[kind]))
 
-# %% ../nbs/04_data.ipynb #d777ad65
-IMAGES = {".png": "PNG", ".apng": "PNG", ".gif": "GIF", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by Pillow
-VIDEOS = ".mp4", ".m4v", ".mov", ".webm"  # by PyAV
-SUFFIXES = *IMAGES, *VIDEOS
-
 # %% ../nbs/04_data.ipynb #2ce09f75
 def _gif_end(d, at=13):
     "Where the blocks of a GIF end: each names its length."
@@ -180,9 +170,7 @@ def _gif_end(d, at=13):
         at += 1
     return at + 1
 
-def complete(
-    d,  # bytes of a file, or its memory map
-) -> bool | None:  # None: of no known kind
+def complete(d) -> bool | None:  # bytes of a file, or its memory map; None: of no known kind
     "Whether a file goes on for as long as its container says, told without decoding it."
     number = lambda a, b, order="big": int.from_bytes(d[a:b] if d[b - 1] + 1 else b"", order)  # IndexError beyond the end
     at, n, seen = 0, len(d), set()
@@ -214,6 +202,10 @@ def complete(
     return None
 
 # %% ../nbs/04_data.ipynb #ad7b429b
+IMAGES = {".png": "PNG", ".apng": "PNG", ".gif": "GIF", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # by Pillow
+VIDEOS = ".mp4", ".m4v", ".mov", ".webm"  # by PyAV
+SUFFIXES = *IMAGES, *VIDEOS
+
 def _check(path):
     "Refuse, in one line, what can be seen to be wrong without decoding."
     kind = path.suffix.lower()
@@ -259,14 +251,16 @@ def read_clip(
 # %% ../nbs/04_data.ipynb #be7c6ef4
 class Folder:
     "Clips of a folder with their captions, decoded only when they are drawn."
+    world = None  # there is none behind it
     def __init__(self,
         path,  # a folder, read with its subfolders; hidden files are passed over
         frames: int = 17,  # of every clip
         size=(32, 32),  # height and width of every clip, or one number for both
         cache_mb: float = 256,  # megabytes of decoded clips that are kept in memory
+        unsaid: float = 0,  # share of captions that are drawn as the empty text, from which guidance learns
         say=None,  # called with each complaint as it comes; None prints it on stderr
     ):
-        self.path, self.frames, self.size = Path(path), frames, _size(size)
+        self.path, self.frames, self.size, self.unsaid = Path(path), frames, _size(size), unsaid
         self.bad, self._say = [], say or (lambda line: print(line, file=sys.stderr))
         self._cache, self._room, self._broken = OrderedDict(), cache_mb * 1e6, set()
         if not self.path.is_dir(): raise UserError(f"{path} is not a folder: expected one with clips and their captions")
@@ -283,13 +277,11 @@ class Folder:
 
     def __len__(self): return len(self.items)
 
-    def texts(self) -> list[str]:  # of all clips
+    def texts(self, seed: int = 0) -> list[str]:  # of all clips, whatever the seed
         "Every caption of the folder, for a tokenizer."
         return [text for _, texts in self.items for text in texts]
 
-    def clip(self,
-        i: int,  # which of `items`
-    ) -> np.ndarray:  # (f h w c) uint8
+    def clip(self, i: int) -> np.ndarray:  # which of `items`; (f h w c) uint8
         "One clip, from memory if it was drawn lately."
         if i not in self._cache: self._cache[i] = _decode(self.path / self.items[i][0], self.frames, self.size)
         self._cache.move_to_end(i)
@@ -299,12 +291,15 @@ class Folder:
     def batch(self,
         generator: torch.Generator,  # equal states give equal batches, whatever was drawn before
         n: int,  # how many clips, drawn with replacement
-    ) -> dict:  # clips (b f c h w) in [-1, 1], captions: a list of b texts
-        "Clips drawn at random, each with one of its captions. Nothing is mirrored: captions say left."
-        which = torch.randint(len(self), (n,), generator=generator).tolist()
-        variants = torch.randint(2**31, (n,), generator=generator).tolist()
-        clips, captions = zip(*(self._sound(i) for i in which))
-        return dict(clips=_to_clip(np.stack(clips)), captions=[texts[v % len(texts)] for texts, v in zip(captions, variants)])
+        captions: int | None = None,  # how many texts for each clip, as a list; None: one, as it is
+    ) -> dict:  # clips (b f c h w) in [-1, 1], captions: a list of b
+        "Clips drawn at random, each with captions drawn among its own. Nothing is mirrored: captions say left."
+        which, shape = torch.randint(len(self), (n,), generator=generator).tolist(), (n, 1 if captions is None else captions)
+        variants = torch.randint(2**31, shape, generator=generator).tolist()
+        silent = (torch.rand(shape, generator=generator) < self.unsaid).tolist()
+        clips, known = zip(*(self._sound(i) for i in which))
+        said = [["" if s else texts[v % len(texts)] for v, s in zip(*drawn)] for texts, *drawn in zip(known, variants, silent)]
+        return dict(clips=_to_clip(np.stack(clips)), captions=said if captions is not None else [text for text, in said])
 
     def _sound(self, i):
         "The first clip from the i-th on that can be decoded, a choice that does not depend on what was drawn before."
@@ -332,7 +327,7 @@ class Folder:
         return sorted(found)
 
     def _entries(self, files, clips):
-        "Place, file and captions for each line of captions.jsonl and each .txt beside a clip."
+        "Place, file and captions, None if they cannot be read, for each line of captions.jsonl and each .txt beside a clip."
         lines = self._bytes("captions.jsonl").splitlines() if "captions.jsonl" in files else []
         for k, line in enumerate(lines, 1):
             here = f"{self.path / 'captions.jsonl'} line {k}"
@@ -350,16 +345,17 @@ class Folder:
         beside = {}
         for name in sorted(clips): beside.setdefault(name.rpartition(".")[0], []).append(name)
         for note in (name for name in files if name.endswith(".txt")):
-            try: text = " ".join(self._bytes(note).decode("utf-8-sig").split())
-            except UnicodeDecodeError: self._complain(f"{self.path / note} is not UTF-8: save it in that encoding"); continue
-            if note[:-4] not in beside: self._complain(f"{self.path / note} stands beside no clip: add {note[:-4]}.gif (or .png, .mp4, …), or remove it")
-            for name in beside.get(note[:-4], []): yield self.path / note, name, [text]
+            if note[:-4] not in beside: self._complain(f"{self.path / note} stands beside no clip: add {note[:-4]}.gif (or .png, .mp4, …), or remove it"); continue
+            try: texts = [" ".join(self._bytes(note).decode("utf-8-sig").split())]
+            except UnicodeDecodeError: texts = self._complain(f"{self.path / note} is not UTF-8: save it in that encoding")
+            for name in beside[note[:-4]]: yield self.path / note, name, texts
 
     def _captions(self, files, clips):
         "File name → its captions; none left where the complaint was made already."
         captions = {}
         for here, name, texts in self._entries(files, clips):
             if name not in clips: self._complain(f"{here} names {name}, which is no clip in this folder: add it, or remove the line")
+            elif texts is None: captions.setdefault(name, [])  # said already
             elif name in captions: self._complain(f"{here} captions {name} again: keep one (captions.jsonl takes a list of captions)")
             else:
                 captions[name] = [text for text in texts if text]
@@ -374,44 +370,34 @@ class Folder:
 class WorldClips:
     "The sprite world behind the same door as a folder: nothing is stored, every batch is new."
     bad = ()
-    def __init__(self,
-        world: World,
+    def __init__(self, world: World,
         levels=dict(short=1, medium=1, long=4, full=1, paraphrase=2),  # level of caption, or `paraphrase` → how often, relative to the others
-        split: str = "train",
-    ):
+        split: str = "train"):
         unknown = set(levels) - {*LEVELS, "paraphrase"}
         if unknown or not levels: raise ValueError(f"levels holds {sorted(unknown)}: expected some of {', '.join(LEVELS)}, paraphrase")
         self.world, self.levels, self.split = world, dict(levels), split
 
-    def batch(self,
-        generator: torch.Generator,  # equal states give equal batches
-        n: int,
-    ) -> dict:  # clips (b f c h w) in [-1, 1], captions: a list of b texts
-        "Scenes drawn and rendered, each captioned at a level drawn at random."
-        scenes = self.world.sample(n, generator, self.split)
-        level = torch.multinomial(torch.tensor([*self.levels.values()], dtype=torch.float), n, replacement=True, generator=generator)
-        captions = [None] * n
+    def batch(self, generator: torch.Generator, n: int, captions: int | None = None) -> dict:  # as of a `Folder`
+        "Scenes drawn and rendered, each captioned at levels drawn at random."
+        scenes, each = self.world.sample(n, generator, self.split), 1 if captions is None else captions
+        level = torch.multinomial(torch.tensor([*self.levels.values()], dtype=torch.float), max(1, n * each), replacement=True, generator=generator)
+        texts = [[None] * each for _ in range(n)]
         for k, name in enumerate(self.levels):
-            where = (level == k).nonzero()[:, 0]
-            for i, text in zip(where.tolist(), self._captions(scenes[where], name, generator)): captions[i] = text
-        return dict(clips=self.world.render(scenes), captions=captions)
+            places = (level[: n * each].view(n, each) == k).nonzero()
+            for (i, j), text in zip(places.tolist(), self._captions(scenes[places[:, 0]], name, generator)): texts[i][j] = text
+        return dict(clips=self.world.render(scenes), captions=texts if captions is not None else [text for text, in texts])
 
-    def texts(self, n: int = 2048) -> list[str]:
+    def texts(self, seed: int = 0, n: int = 5000) -> list[str]:
         "Captions of `n` scenes at every level, for a tokenizer."
-        generator = torch.Generator().manual_seed(0)
-        scenes = self.world.sample(n, generator, self.split)
-        return [text for level in self.levels for text in self._captions(scenes, level, generator)]
+        new = lambda: torch.Generator().manual_seed(seed)
+        scenes = self.world.sample(n, new(), self.split)
+        return [text for level in self.levels for text in self._captions(scenes, level, new())]
 
     def _captions(self, scenes, level, generator):
         if not len(scenes): return []
         return self.world.paraphrase(scenes, generator) if level == "paraphrase" else self.world.caption(scenes, level)
 
-def open_data(
-    name,  # `world`, or a folder of clips (a folder of that very name: ./world)
-    frames: int = 17,
-    size=(32, 32),  # height and width, or one number for both
-    **options,  # of `WorldClips` or `Folder`
-):
+def open_data(name, frames: int = 17, size=(32, 32), **options):  # `world` or a folder (of that very name: ./world); options of the class
     "What `--data` names: the sprite world or the reader's own clips."
     h, w = _size(size)
     if str(name) != "world": return Folder(name, frames, (h, w), **options)

@@ -15,7 +15,7 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 from torch.nn import functional as F
 
-from .transformer import Attention, Block, MLP, grid_positions, sinusoid
+from .transformer import Attention, Block, MLP, grid_positions, sincos, sinusoid
 
 # %% ../nbs/31_dit.ipynb #4d1392b7
 def patchify(
@@ -42,9 +42,7 @@ def positions(
     device=None,
 ):  # (n d), fixed
     "Sine-cosine places on three axes, a third of the width each, wavelengths of 6 to 600 patches."
-    places = sinusoid(grid_positions(*grid, device=device), 2 * (width // 6), longest=100.)  # n 3 features
-    places = rearrange(places, 'n axes features -> n (axes features)')
-    return F.pad(places, (0, width - places.shape[-1]))
+    return sincos(grid_positions(*grid, device=device), width, longest=100.)
 
 # %% ../nbs/31_dit.ipynb #a452e0ae
 def modulate(

@@ -58,10 +58,11 @@ def grid_positions(
 def sincos(
     positions,  # (n axes) float
     width,  # features in all, shared equally by the axes; left-overs are zero
+    longest=10_000.,  # as in `sinusoid`
 ):  # (n width)
     "Fixed positions in any number of axes: one `sinusoid` per axis, side by side (as in [ViT's MAE](https://arxiv.org/abs/2111.06377))."
     axes = positions.shape[-1]
-    features = rearrange(sinusoid(positions, 2 * (width // (2 * axes))), '... axes d -> ... (axes d)')
+    features = rearrange(sinusoid(positions, 2 * (width // (2 * axes)), longest), '... axes d -> ... (axes d)')
     return F.pad(features, (0, width - features.shape[-1]))
 
 # %% ../nbs/06_transformer.ipynb #e48956e5

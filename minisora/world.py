@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERSION', 'SHAPES', 'COLORS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'DIRECTIONS', 'MOTIONS', 'STILL', 'BOUNCE', 'GROW',
            'SHRINK', 'SPIN', 'ROUND', 'RELATIONS', 'SPEED', 'BOUNCE_SPEED', 'WALLS', 'MORE', 'LEVELS', 'NAMED', 'STAR',
-           'FIELDS', 'CHOICES', 'TABLES', 'SYNONYMS', 'VERBS', 'ACTS', 'ON', 'BESIDE', 'FILLERS', 'PHRASES', 'CENTROID',
-           'BLURS', 'distance', 'Scenes', 'reserved', 'World', 'twins', 'keep', 'sample', 'scene', 'tones', 'stamp',
-           'palette', 'render', 'caption', 'entropy', 'enumerate_scenes', 'asked', 'parse', 'paraphrase', 'centroid',
-           'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
+           'FIELDS', 'CHOICES', 'TABLES', 'SPLITS', 'SYNONYMS', 'VERBS', 'ACTS', 'ON', 'BESIDE', 'FILLERS', 'PHRASES',
+           'CENTROID', 'BLURS', 'distance', 'Scenes', 'reserved', 'World', 'twins', 'keep', 'sample', 'scene', 'tones',
+           'stamp', 'palette', 'render', 'caption', 'entropy', 'enumerate_scenes', 'asked', 'parse', 'paraphrase',
+           'centroid', 'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
 
 # %% ../nbs/02_world.ipynb #7e4d22be
 import itertools, math, random, re
@@ -30,8 +30,8 @@ BACKGROUNDS = dict(black=0., gray=.45, white=1.)
 DIRECTIONS = dict(left=(-1, 0), right=(1, 0), up=(0, -1), down=(0, 1))
 MOTIONS = {"standing still": (0, 0), **{f"moving {k}": v for k, v in DIRECTIONS.items()},
            **{f"moving {v} and {h}": (DIRECTIONS[h][0], DIRECTIONS[v][1]) for v in ("up", "down") for h in ("left", "right")},
-           "bouncing": None, "growing": None, "shrinking": None, "spinning": None}
-STILL, BOUNCE, GROW, SHRINK, SPIN = (list(MOTIONS).index(m) for m in ("standing still", "bouncing", "growing", "shrinking", "spinning"))
+           **dict.fromkeys(("bouncing", "growing", "shrinking", "spinning"))}
+STILL, *_, BOUNCE, GROW, SHRINK, SPIN = range(len(MOTIONS))
 ROUND = tuple(map(SHAPES.index, ("circle", "ring")))  # turning these shows nothing
 RELATIONS = ("left of", "right of", "above", "below")
 SPEED, BOUNCE_SPEED, WALLS = .5, 1., (6, 8, 10)  # pixels a frame; a bounce begins so far from its wall
@@ -41,10 +41,7 @@ LEVELS, NAMED = tuple(MORE), dict(zip(MORE, itertools.accumulate(MORE.values()))
 # %% ../nbs/02_world.ipynb #ac7432af
 STAR = [(r*math.sin(a), -r*math.cos(a)) for a, r in ((0., 1.05), (math.pi/5, .46))]  # a tip, and the notch beside it
 
-def distance(
-    shape: str,  # one of `SHAPES`, of radius 1
-    x: torch.Tensor, y: torch.Tensor,  # points; y points down, as rows do
-) -> torch.Tensor:  # negative inside, about 0 on the outline
+def distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # of radius 1; points, y down as rows; negative inside, 0 on the outline
     "Signed distance to a shape (Quilez's sketches of such functions; ours are rough far from the outline)."
     box = lambda a, b: torch.maximum(x.abs() - a, y.abs() - b)
     if shape == "circle": return (x*x + y*y).sqrt() - .95
@@ -81,17 +78,21 @@ class Scenes:
     @staticmethod
     def cat(parts): return Scenes(parts[0].world, *(torch.cat([getattr(p, k) for p in parts]) for k in FIELDS))
 
+def _apart(shape, color):
+    "Where no two of (... s) sprites share a shape or a color."
+    return torch.stack([(t.sort(-1).values.diff() > 0).all(-1) for t in (shape, color)]).all(0)
+
 def _for_swaps(shape, color):
-    "Which pairs of sprites (... 2) are kept for color swaps: whoever holds which color, the answer is the same."
-    (a, b), (c, d) = (t.sort(-1).values.unbind(-1) for t in (shape, color))
+    "Where the first two of (... s) sprites are a pair kept for color swaps: whoever holds which color, the answer is the same."
+    if shape.shape[-1] < 2: return torch.zeros_like(shape[..., 0], dtype=torch.bool)
+    (a, b), (c, d) = (t[..., :2].sort(-1).values.unbind(-1) for t in (shape, color))
     return (a*7 + b*3 + c*5 + d) % 8 == 0
 
 def reserved(s: Scenes) -> tuple[torch.Tensor, torch.Tensor]:  # (b) bool each
     "Which scenes show a held-out pair (shape × color, shape × motion), and which a pair of sprites kept for color swaps."
     held = (s.shape*3 + s.color) % 8 == 7
     if s.world.frames > 1: held |= (s.shape*5 + s.motion) % 9 == 5
-    if s.shape.shape[1] < 2: return held.any(1), torch.zeros_like(held[:, 0])
-    return held.any(1), _for_swaps(s.shape[:, :2], s.color[:, :2])
+    return held.any(1), _for_swaps(s.shape, s.color)
 
 # %% ../nbs/02_world.ipynb #4664cf99
 CHOICES = dict(shapes=SHAPES, colors=COLORS, sizes=SIZES, textures=TEXTURES, backgrounds=BACKGROUNDS, motions=MOTIONS)
@@ -102,6 +103,11 @@ def _index(names, table, what):
     for n in names:
         if n not in table: raise ValueError(f"{what} is {n!r}: expected one of {', '.join(map(str, table))}")
     return [list(table).index(n) for n in names]
+
+def _acts(f):
+    "Scale and angle (4 … 2) after f frames of who moves or stands, grows, shrinks, spins."
+    grow, one = .6 + .4*(f/16).clamp(max=1), torch.ones_like(f)
+    return torch.stack([torch.stack([one, grow, 1.6 - grow, one]), f*torch.tensor([0., 0., 0., math.pi/16], device=f.device)[:, None]], -1)
 
 @dataclass(frozen=True)
 class World:
@@ -126,10 +132,10 @@ class World:
         if self.size < 16 or self.size % 16: raise ValueError(f"size is {self.size}: expected a multiple of 16")
         if self.frames < 1: raise ValueError(f"frames is {self.frames}: expected 1 or more")
         if self.sprites not in (1, 2, 3): raise ValueError(f"sprites is {self.sprites}: expected 1, 2 or 3")
-        for k, table in CHOICES.items():
+        for k, table in (CHOICES | dict(layouts=range(4))).items():
             put(k, tuple(getattr(self, k)))
-            _index(getattr(self, k), table, k)
-        put("layouts", tuple(self.layouts) if self.sprites > 1 else (0,))
+            if not _index(getattr(self, k), table, k): raise ValueError(f"{k} is empty: expected some of {', '.join(map(str, table))}")
+        if self.sprites == 1: put("layouts", (0,))
         if self.frames == 1: put("motions", ("standing still",))
 
     @classmethod
@@ -188,9 +194,8 @@ class World:
         span = (hi - lo).clamp(min=1e-3)
         fold = lo + span - ((p - lo) % (2*span) - span).abs()  # a ball between two walls, unrolled
         p = torch.where((s.motion == BOUNCE)[..., None, None], fold, p if len(f) == 1 else p.clamp(lo, hi))
-        grow = .6 + .4*(f/16).clamp(max=1)
-        scale = torch.stack([torch.ones_like(f), grow, 1.6 - grow])[(s.motion == GROW).long() + 2*(s.motion == SHRINK).long()]
-        return p, scale, (s.motion == SPIN)[..., None]*f*math.pi/16
+        acts = _acts(f)[(s.motion - BOUNCE).clamp(min=0)]
+        return p, acts[..., 0], acts[..., 1]
 
     # what the next lessons make
     def sample(self, n: int, generator=None, split: str = "train") -> Scenes: return sample(self, n, generator, split)
@@ -220,11 +225,12 @@ def _draw(W, n, g):
     s.start = lo + torch.floor(torch.rand(n, S, 2, generator=g)*((hi - lo)/W.grid + 1).clamp(min=1))*W.grid
     return s
 
-def keep(W: World, s: Scenes, split: str = "train") -> torch.Tensor:  # (b) bool; split: train, heldout, swap or all
+SPLITS = "train", "heldout", "swap", "all"
+
+def keep(W: World, s: Scenes, split: str = "train") -> torch.Tensor:  # (b) bool; split: one of `SPLITS`
     "Which scenes exist in a split."
     lo, hi = W.starts(s)
-    ok = ((lo <= hi).all(-1) & ~((s.motion == SPIN) & torch.isin(s.shape, torch.tensor(ROUND)))).all(1)
-    for i, j in itertools.combinations(range(W.sprites), 2): ok &= (s.shape[:, i] != s.shape[:, j]) & (s.color[:, i] != s.color[:, j])
+    ok = ((lo <= hi).all(-1) & ~((s.motion == SPIN) & torch.isin(s.shape, torch.tensor(ROUND)))).all(1) & _apart(s.shape, s.color)
     if not W.reserve or split == "all": return ok
     held, swap = reserved(s)
     if split == "swap": return ok & swap & ~held & ~reserved(twins(s))[0]
@@ -232,13 +238,11 @@ def keep(W: World, s: Scenes, split: str = "train") -> torch.Tensor:  # (b) bool
 
 def sample(W: World, n: int, generator: torch.Generator | None = None, split: str = "train") -> Scenes:  # split: as in `keep`
     "Draw n scenes; what a split may not show is drawn again. In `swap`, 2k and 2k + 1 differ only in whose color is whose."
-    if split not in ("train", "heldout", "swap", "all"): raise ValueError(f"split is {split!r}: expected train, heldout, swap or all")
+    if split not in SPLITS: raise ValueError(f"split is {split!r}: expected train, heldout, swap or all")
     if split in ("heldout", "swap") and not W.reserve: raise ValueError(f"split is {split!r}, but this world reserves nothing: expected train")
     if split == "swap" and (W.sprites < 2 or n % 2): raise ValueError(f"split='swap' came with sprites={W.sprites}, n={n}: expected 2 sprites or more, and an even n")
-    if W.uniform:
-        every = W.enumerate()
-        return every[torch.randint(len(every), (n,), generator=generator)]
     parts, have, want = [], 0, n//2 if split == "swap" else n
+    if W.uniform and len(every := W.enumerate(split)): parts, have = [every[torch.randint(len(every), (want,), generator=generator)]], want
     while have < want or not parts:
         s = _draw(W, max(64, int((want - have)*dict(swap=40, heldout=6).get(split, 1.8))), generator)
         parts.append(s[keep(W, s, split)])
@@ -265,7 +269,11 @@ def scene(W: World, **names) -> Scenes:  # of one
                torch.tensor(_index([v["background"]], BACKGROUNDS, "background")))
     s.path = torch.where(s.motion == BOUNCE, s.path, 0)
     lo, hi = W.starts(s)
-    s.start = lo + torch.floor((hi - lo)/2/W.grid)*W.grid if v["start"] is None else torch.tensor(v["start"]).float().reshape(1, S, 2)
+    if not (lo <= hi).all(): raise ValueError(f"{W.caption(s, 'medium')[0]!r} finds no room for {W.frames} frames: expected other motions, sizes or relations")
+    s.start = lo + torch.floor((hi - lo)/2/W.grid)*W.grid
+    if v["start"] is not None:
+        if torch.tensor(v["start"]).numel() != 2*S: raise ValueError(f"start is {v['start']!r}: expected x, y of {S}, one pair per sprite")
+        s.start = torch.tensor(v["start"]).float().reshape(1, S, 2)
     if not ((lo <= s.start) & (s.start <= hi)).all():
         raise ValueError(f"start is {v['start']}: expected x, y from {lo[0].tolist()} to {hi[0].tolist()} for {W.frames} frames")
     return s
@@ -278,12 +286,12 @@ def tones(texture, grain, x, y, angle, smooth=True):
     def wave(along, across, phase):  # sin(w·(along + across + phase)) over the plane from sines along the axes
         a, b = (along + phase[:, None])*w, across*w
         return a.sin()[:, :, None]*b.cos()[:, None] + a.cos()[:, :, None]*b.sin()[:, None]
-    g = lambda *table: torch.tensor(table, device=x.device)[grain]
     t = torch.full((len(x), y.shape[1], x.shape[1]), torch.inf, device=x.device)
-    for k, plane in ((1, lambda m: wave(y[m]*c[m], -x[m]*s[m], g(0., 2., 4., 6.)[m])*2.5),
-                     (2, lambda m: wave(y[m]*s[m], x[m]*c[m], g(0., 4., 2., 6.)[m])*wave(y[m]*c[m], -x[m]*s[m], g(0., 0., 2., 2.)[m])*4)):
+    rows, cols = torch.tensor([[0., 2., 4., 6.], [0., 0., 2., 2.]], device=x.device), torch.tensor([0., 4., 2., 6.], device=x.device)
+    for k in (1, 2):
         m = (texture == k).nonzero()[:, 0]
-        if len(m): t[m] = plane(m)
+        stripes = wave(y[m]*c[m], -x[m]*s[m], rows[k - 1, grain[m]])
+        t[m] = stripes*2.5 if k == 1 else wave(y[m]*s[m], x[m]*c[m], cols[grain[m]])*stripes*4
     return .8 + .2*t.clamp(-1, 1) if smooth else torch.where(t >= -1e-3, 1., .6)  # a margin, so that all machines round alike
 
 def stamp(
@@ -348,24 +356,22 @@ def caption(s: Scenes, level: str = "long") -> list[str]:  # (b); level: one of 
     "The fixed forms of captions, from nothing to every pixel."
     if level not in LEVELS: raise ValueError(f"level is {level!r}: expected one of {', '.join(LEVELS)}")
     if level == "none": return [""]*len(s)
-    W, L, out = s.world, LEVELS.index(level), []
+    W, said, out = s.world, NAMED[level], []
     names, v = {k: list(table) for k, table in TABLES.items()}, {k: getattr(s, k).tolist() for k in FIELDS}
-    if L > 3: at = W.kinematics(s)[0][:, :, [0, (W.frames - 1)//2, W.frames - 1]].round().long().tolist()
+    order = [k for k in ("size", "texture", "color", "shape", "motion") if k in said and (k != "motion" or W.frames > 1)]
+    if "start" in said: at = W.kinematics(s)[0][:, :, [0, (W.frames - 1)//2, W.frames - 1]].round().long().tolist()
     for b in range(len(s)):
         parts = []
         for i in range(W.sprites):
-            name, textured = lambda k: names[k][v[k][b][i]], v["texture"][b][i] > 0
-            words = [name("size")] if L > 1 else []
-            if L > 2 and textured: words.append(name("texture"))
-            words += [name("color"), name("shape")]
-            if L > 1 and W.frames > 1: words.append(name("motion"))
-            if L > 3:
+            textured = v["texture"][b][i] > 0
+            words = [names[k][v[k][b][i]] for k in order if k != "texture" or textured]
+            if "start" in said:
                 way = [f"x{x} y{y}" for x, y in at[b][i]]
                 words.append(f"at {way[0]}" if len(set(way)) == 1 else f"from {way[0]} through {way[1]} to {way[2]}")
-            if L > 4: words.append(f"with grain {v['grain'][b][i]}" if textured else "with no grain")
+            if "grain" in said: words.append(f"with grain {v['grain'][b][i]}" if textured else "with no grain")
             parts.append(_a(" ".join(words)))
         for relation, part in zip(_relations(W, v["layout"][b]), parts[1:]): parts[0] += f" {relation} {part}"
-        out.append(parts[0] + (f" on {_a(list(BACKGROUNDS)[v['background'][b]])} background" if L > 2 else ""))
+        out.append(parts[0] + (f" on {_a(list(BACKGROUNDS)[v['background'][b]])} background" if "background" in said else ""))
     return out
 
 # %% ../nbs/02_world.ipynb #a2179a86
@@ -388,25 +394,24 @@ def entropy(W: World, level: str, split: str = "train") -> float:  # level: one 
     if level == "none": return 0.
     names = NAMED[level]
     if W.uniform:
-        s = W.enumerate()
+        s = W.enumerate(split)
         said = torch.cat([getattr(s, k).reshape(len(s), -1).float() for k in FIELDS if k in names or k == "layout"], 1)
         n = said.unique(dim=0, return_counts=True)[1].double()
         return (math.log2(len(s)) - (n*n.log2()).sum()/len(s)).item()
     if W.sprites > 1 and W.reserve and split == "heldout":
         raise ValueError("split='heldout' with several sprites: any of them may hold the reserved pair, so the count does not factorise; expected train or all")
     # P(scene) is a product over sprites but for which shapes and colors go together, so 64 numbers per sprite and layout suffice
-    K, total, plogp = len(SHAPES)*len(COLORS), 0., 0.
-    shape, color = (repeat(t, "k -> k m", m=K) for t in (torch.arange(K)//len(COLORS), torch.arange(K) % len(COLORS)))
-    apart = (shape != shape.T) & (color != color.T)
-    free = apart & ~_for_swaps(torch.stack([shape, shape.T], -1), torch.stack([color, color.T], -1)) if W.reserve and split != "all" else apart
-    free, apart = free.double(), apart.double()
+    K, total, plogp, drop = len(SHAPES)*len(COLORS), 0., 0., W.reserve and split != "all"
+    pairs = torch.cartesian_prod(*[torch.arange(K)]*W.sprites).reshape(-1, W.sprites)
+    shape, color = pairs//len(COLORS), pairs % len(COLORS)
+    free = _apart(shape, color) & ~(drop & _for_swaps(shape, color))
     for layout in W.layouts:
-        sums = []
+        x = free.double().view([K]*W.sprites)
         for i in range(W.sprites):
             s, starts = _one_sprite(W, i, layout)
             c = lambda k: getattr(s, k)[:, 0]
             weight = (starts > 0).double()*torch.where(c("motion") == BOUNCE, .25, 1.)
-            if W.reserve and split != "all": weight *= reserved(s)[0] == (split == "heldout")
+            if drop: weight *= reserved(s)[0] == (split == "heldout")
             said = torch.stack([c(k) for k in ("shape", "color", "size", "texture", "motion", "path") if k in names], 1)
             group = said.unique(dim=0, return_inverse=True)[1]
             mass = torch.zeros(group.max() + 1, dtype=torch.double).index_add(0, group, weight)[group]  # of all that is captioned alike
@@ -414,18 +419,16 @@ def entropy(W: World, level: str, split: str = "train") -> float:  # level: one 
             if "start" in names: logp = logp - starts.clamp(min=1).log2()
             if "grain" in names: logp = logp - torch.tensor(list(TEXTURES.values())).log2()[c("texture")]
             into = lambda w: torch.zeros(K, dtype=torch.double).index_add(0, c("shape")*len(COLORS) + c("color"), w)
-            sums.append((into(weight), into(weight*logp)))
-        for j in range(W.sprites + 1):  # none or one of the sprites gives its log
-            t = [q[1] if j == i + 1 else q[0] for i, q in enumerate(sums)]
-            if len(t) < 3: x = t[0].sum() if len(t) == 1 else t[0] @ free @ t[1]
-            else: x = torch.einsum("a,b,c,ab,ac,bc->", *t, free, apart, apart)
-            total, plogp = (total, plogp + x) if j else (total + x, plogp)
+            x = torch.tensordot(x, torch.stack([into(weight), into(weight*logp)]), ([0], [1]))  # this sprite summed over, without its log and with it
+        x = x.flatten()
+        total, plogp = total + x[0], plogp + sum(x[2**i] for i in range(W.sprites))  # none, or one of the sprites gives its log
     grounds = math.log2(len(W.backgrounds)) if "background" in names else 0.
     return (math.log2(total) - plogp/total).item() + grounds
 
 # %% ../nbs/02_world.ipynb #05b0bbf3
-def enumerate_scenes(W: World, split: str = "train", most: int = 200_000) -> Scenes:  # split: train, heldout or all; most: refuse beyond
+def enumerate_scenes(W: World, split: str = "train", most: int = 200_000) -> Scenes:  # split: as in `keep`; most: refuse beyond
     "Every scene of a small world, each once."
+    if split not in SPLITS: raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     per = [[_one_sprite(W, i, layout) for i in range(W.sprites)] for layout in W.layouts]
     kinds, grains = len(per[0][0][1]), torch.tensor(list(TEXTURES.values()))[per[0][0][0].texture[:, 0]]
     bound = sum(math.prod((starts*grains).sum().item() for _, starts in sprites) for sprites in per)*len(W.backgrounds)
@@ -496,7 +499,7 @@ def _parse(W, text):
         if m := re.fullmatch(r"x(\d+) y(\d+)", phrase): places[i].append((int(m[1]), int(m[2])))
         elif m := re.fullmatch(r"(?:no )?grain(?: (\d+))?", phrase): said[i].setdefault("grain", int(m[1] or 0))
         elif k == "way": ways[i].append(v)
-        elif k == "relation" and len(relations) < W.sprites - 1: relations, i = relations + [v], i + 1
+        elif k == "relation" and len(relations) < W.sprites - 1: relations, i = relations + [v], min(i + 1, W.sprites - 1)
         elif k == "background" and ground in (-1, v): ground = v
         elif k in ("shape", "size", "texture", "motion", "color") and words[at:at + 1] != ["background"] and said[i].setdefault(k, v) == v: pass
         elif phrase in ("a", "an") and "shape" in said[i] and i < W.sprites - 1: i += 1
@@ -698,9 +701,8 @@ def _read_one(d, ground, W):
     stays = (motion == STILL) | (motion == SPIN)
     # shape, size, texture, and what those do that stay: the template that leaves least
     pick = torch.linspace(0, n - 1, min(n, 5), device=dev).round().long()
-    grow, one = .6 + .4*f/16, torch.ones_like(f)
-    modes = torch.stack([torch.stack([one, one, grow, 1.6 - grow]), torch.stack([f*0, f*math.pi/16, f*0, f*0])], -1)  # (m f 2)
     acts = [STILL, SPIN, GROW, SHRINK]
+    modes = _acts(f)[[max(0, m - BOUNCE) for m in acts]]  # (m f 2)
     allowed = torch.tensor([m == STILL or n > 1 and list(MOTIONS)[m] in W.motions for m in acts], device=dev) & (stays[:, None] | (torch.arange(4, device=dev) == 0))
     near = [v for v in itertools.product((-1., 0., 1.), repeat=2) if not W.smooth or 0. in v]
     near = torch.tensor(near, device=dev)*(.75*W.unit if W.smooth else .25)  # a texture or noise may have moved the centre
@@ -741,6 +743,7 @@ def _widen(v, S):
     if v.ndim == 1 or v.shape[1] >= S: return v
     return torch.cat([v, v.new_full((len(v), S - v.shape[1], *v.shape[2:]), 0 if v.dtype == torch.bool else -1)], 1)
 
+@torch.no_grad()
 def read(
     clips: torch.Tensor,  # (b f c h w) in [-1, 1]
     sprites: int | None = None,  # how many to look for; None counts them
@@ -753,13 +756,12 @@ def read(
         raise ValueError(f"clips is {got}: expected float (b f 3 h w) in [-1, 1] with h = w, a multiple of 16")
     if sprites not in (None, 1, 2, 3): raise ValueError(f"sprites is {sprites}: expected 1, 2, 3 or None")
     if not len(clips): raise ValueError("clips is empty: expected at least one")
-    W, parts = world or World(), []
-    with torch.no_grad():
-        for i in range(0, len(clips), 64): parts.append(_read(clips[i:i + 64], sprites or (world.sprites if world else None), W))
-    S = max(p["shape"].shape[1] for p in parts)
-    return {k: torch.cat([_widen(p[k], S) for p in parts]) for k in parts[0]}
+    parts = [p for k, x in enumerate(clips.split(64)) for p in _read(x, 64*k, sprites or world and world.sprites, world or World())]
+    S, order = max(p["shape"].shape[1] for p in parts), torch.cat([p.pop("which") for p in parts]).argsort()
+    return {k: torch.cat([_widen(p[k], S) for p in parts])[order] for k in parts[0]}
 
-def _read(clips, sprites, world):
+def _read(clips, first, sprites, world):
+    "The readings of some clips, of which `first` is the number of the first, in parts that show alike many sprites."
     b, F, _, side, _ = clips.shape
     x, broken = clips.float().nan_to_num(0, 0, 0), ~clips.isfinite().flatten(1).all(1)
     if side > 32: x = torch.nn.functional.interpolate(x.flatten(0, 1), (32, 32), mode="area").unflatten(0, (b, F))
@@ -770,22 +772,16 @@ def _read(clips, sprites, world):
     background = grounds[torch.cdist(ground, palette(BACKGROUNDS, x.device)[grounds]).argmin(-1)].masked_fill(broken, -1)
     d = (x - ground[:, None, :, None, None])*~broken[:, None, None, None, None]
     count, layout = _arrange(d[:, :17].pow(2).sum(2).mean(1), min(F, 17), sprites)
-    out, most = {}, count.max().item()
     for n in count.unique().tolist():
         W = replace(world, size=x.shape[-1], frames=max(2, F), sprites=n, layouts=(0, 1, 2, 3), reserve=False, uniform=False)
         i = (count == n).nonzero()[:, 0]
         dn = repeat(d[i], "b f c h w -> (b n) f c h w", n=n)
-        if n > 1:
-            at = torch.arange(W.size, device=x.device)
-            box = W.boxes(layout[i]).flatten(0, 1)[..., None]  # (b·n 4 1)
-            inside = lambda j: (at >= box[:, j]) & (at < box[:, j] + box[:, j + 2])
-            dn = dn*(inside(1)[:, None, None, :, None] & inside(0)[:, None, None, None])
-        one = _read_one(dn, ground[i].repeat_interleave(n, 0), W)
-        for k, v in one.items():
-            if k not in out: out[k] = v.new_full((b, most, *v.shape[1:]), 0 if v.dtype == torch.bool else -1)
-            out[k][i, :n] = v.unflatten(0, (len(i), n))
-    for k, power in dict(start=1, track=1, area=2).items(): out[k] *= max(1., side/32)**power
-    return dict(out, background=background, layout=layout, sprites=count*(out["shape"] >= 0).any(1))
+        at, box = torch.arange(W.size, device=x.device), W.boxes(layout[i]).flatten(0, 1)[..., None]  # (b·n 4 1)
+        inside = lambda j: (at >= box[:, j]) & (at < box[:, j] + box[:, j + 2])
+        dn = dn*(inside(1)[:, None, None, :, None] & inside(0)[:, None, None, None])
+        out = {k: v.unflatten(0, (len(i), n)) for k, v in _read_one(dn, ground[i].repeat_interleave(n, 0), W).items()}
+        for k, power in dict(start=1, track=1, area=2).items(): out[k] *= max(1., side/32)**power
+        yield dict(out, background=background[i], layout=layout[i], sprites=count[i]*(out["shape"] >= 0).any(1), which=first + i)
 
 # %% ../nbs/02_world.ipynb #9b544cc7
 class Rate(NamedTuple):
@@ -814,8 +810,7 @@ class Grades:
     def __str__(self): return "\n".join(f"{k:12}{v}" for k, v in self.rates.items())
 
 def grade(
-    clips: torch.Tensor,  # (b f c h w) in [-1, 1]
-    scenes: Scenes,  # what they should show: (b) scenes, or `world.asked(prompts)`
+    clips: torch.Tensor, scenes: Scenes,  # (b f c h w) in [-1, 1]; what they should show: (b) scenes, or `world.asked(prompts)`
     level: str = "long",  # the attributes that this level of caption names are graded
     reading: dict | None = None,  # of `read`, if it has been read before
 ) -> Grades:
@@ -826,15 +821,15 @@ def grade(
     S, scenes, unit, tries = W.sprites, scenes.to(clips.device), clips.shape[-1]/32, []
     got = {k: _widen(v, S) for k, v in r.items()}
     want = {k: getattr(scenes, k) for k in FIELDS if k in NAMED[level] and not (k in ("motion", "path") and clips.shape[1] == 1)}
-    asked = {k: (v.flatten(1) >= 0).any(1) if v.ndim > 1 else v >= 0 for k, v in want.items()}
+    each = lambda ok: ok.reshape(len(ok), -1)  # the background is one for all sprites
+    asked = {k: each(v >= 0).any(1) for k, v in want.items()}
     if S > 1: asked["relation"] = scenes.layout >= 0
     for order in itertools.permutations(range(max(S, got["shape"].shape[1])), S):
         by = {}
         for k, v in want.items():
             g = got[k][:, list(order)] if k != "background" else got[k]
-            ok = (g == v) | (v < 0)
-            if k == "start": ok = ((g - v).norm(dim=-1) <= 1.5*unit) | (v < 0).all(-1)
-            by[k] = ok if k == "background" else ok.all(1)
+            ok = ((g - v).norm(dim=-1) <= 1.5*unit) | (v < 0).all(-1) if k == "start" else (g == v) | (v < 0)
+            by[k] = each(ok).all(1)
         if S > 1:  # each in the part of the frame that the relation gives it
             box = W.boxes(scenes.layout.clamp(min=0))*clips.shape[-1]/W.size
             at = got["track"][:, list(order)].mean(2)
@@ -844,12 +839,8 @@ def grade(
     return Grades({k: torch.stack([by[k] for by in tries]).gather(0, best[None])[0] for k in by}, asked)
 
 # %% ../nbs/02_world.ipynb #47157636
-def physics(
-    clips: torch.Tensor,  # (b f c h w) in [-1, 1]
-    reading: dict | None = None,  # of `read`, if it has been read before
-    world: World | None = None,  # as in `read`
-) -> dict:  # jump, bounce, identity, vanish: (b) bool, true where violated; ok: (b) bool
-    "Does each sprite obey the law that it seems to follow, and stay what it is?"
+def physics(clips: torch.Tensor, reading: dict | None = None, world: World | None = None) -> dict:  # as in `grade` and `read`
+    "Does each sprite obey its law, and stay what it is? (b) bool: jump, bounce, identity, vanish, true where violated; ok, where none is."
     r = reading or read(clips, world=world)
     unit, F, bad = clips.shape[-1]/32, clips.shape[1], {k: r["sprites"] < 0 for k in ("jump", "bounce", "identity")} | dict(vanish=r["sprites"] == 0)
     third = max(1, F//3)

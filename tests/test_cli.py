@@ -91,8 +91,10 @@ def test_killed_and_resumed_is_the_same_run(run, tmp_path):
         while not list(out.glob("dit/step-*.json")) and p.poll() is None and time.time() < end: time.sleep(.02)
         p.kill()
     assert list(out.glob("dit/step-*.json")) and not (out / "model.json").exists()
+    (out / ".samples.webp.1.tmp").write_bytes(b"half")          # of a writer that was killed, too
     ok(*TRAIN, "--out", out, "--resume")
-    names = sorted(f.relative_to(run).as_posix() for f in run.rglob("*") if f.is_file())
+    names, again = (sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()) for folder in (run, out))
+    assert names == again
     assert {n for n in names if (out / n).read_bytes() != (run / n).read_bytes()} <= {"dit/log.jsonl", "vae/log.jsonl"}, "only the log's seconds may differ"
     assert "seconds" not in (run / "model.json").read_text() and str(run.parent) not in (run / "model.json").read_text()
 
@@ -152,12 +154,12 @@ def test_steps_are_shared():
 
 
 def test_captions_by_the_handful():
-    source = cli.Captioned(data.WorldClips(world.World()))
+    source = data.WorldClips(world.World(), cli.LEVELS)
     batch, again = (source.batch(core.generator(3), 50, captions=20) for _ in range(2))
     assert torch.equal(batch["clips"], again["clips"]) and batch["captions"] == again["captions"]
     flat = [c for row in batch["captions"] for c in row]
     assert len(flat) == 1000 and 60 < flat.count("") < 140
-    words = {w for text in source.vocabulary(0) for w in re.findall(r"\w+", text.lower())}
+    words = {w for text in source.texts(0) for w in re.findall(r"\w+", text.lower())}
     assert not {w for c in flat for w in re.findall(r"\w+", c.lower())} - words
 
 
@@ -206,7 +208,7 @@ def test_mistakes_of_sample(run, says, tmp_path):
     says("sample", "--prompts", tmp_path / "empty.txt", "--out", out, words="empty.txt holds no prompt")
     says("sample", "--prompts", tmp_path / "latin.txt", "--out", out, words="latin.txt is not UTF-8")
     says("sample", "--prompts", tmp_path / "none.txt", "--out", out, words="cannot read .*none.txt: No such file")
-    for option, value in (("--seed", "-1"), ("--seed", "1.5"), ("--seed", "9" * 30), ("--frames", "0"), ("--steps", "x"), ("--cfg-scale", "nan"), ("--fps", "0"), ("--scale", "1000"), ("--sampler", "magic"), ("--device", "abacus"), ("--wat", "1")):
+    for option, value in (("--seed", "-1"), ("--seed", "1.5"), ("--seed", "9" * 30), ("--frames", "0"), ("--steps", "x"), ("--cfg-scale", "nan"), ("--fps", "0"), ("--fps", "51"), ("--scale", "1000"), ("--sampler", "magic"), ("--device", "abacus"), ("--wat", "1")):
         says(*s, "--out", out, f"{option}={value}", words=re.escape(option))
     says(*s, "--out", out, "--height", 33, words="--height is 33: expected a multiple of 8")
     says(*s, "--out", out, "--width", 12, words="--width is 12: expected a multiple of 8")
@@ -244,6 +246,8 @@ def test_mistakes_about_weights(run, says, tmp_path):
     (tmp_path / "a.pt").write_bytes(b"x")
     says("sample", PROMPT, "--weights", tmp_path / "a.pt", "--out", tmp_path / "a.gif", words="pickled")
     says("eval", "--weights", "nothing", words="no weights at nothing: expected")
+    says("eval", "--weights", run, "--json", tmp_path, words="--json: cannot write .*it is a folder")      # before hours of drawing, not after
+    says("eval", "--weights", run, "--json", tmp_path / "a.pt" / "b.json", words="--json: cannot write .*a.pt is not a folder")
 
 
 def test_mistakes_of_train(says, folder, tmp_path):
@@ -256,6 +260,8 @@ def test_mistakes_of_train(says, folder, tmp_path):
     (tmp_path / "file").write_text("")
     says("train", "--preset", "tiny", "--out", tmp_path / "file", words="file is not a folder")
     for option, value in (("--steps", 1), ("--lr", 0), ("--batch", 0), ("--save-every", "x"), ("--seed", "-3")): says("train", "--preset", "tiny", *out, f"{option}={value}", words=option)
+    says("train", "--preset", "tiny", *out, "--data", "", words="--data is empty")                     # else it would read the current folder
+    for option in ("--out", "--weights", "--prompts"): says("sample", "a", *out, option, "", words=f"{option} is empty")
     assert not (tmp_path / "r").exists()
     shutil.copytree(folder, tmp_path / "bad")
     for f in (tmp_path / "bad").iterdir():
@@ -309,6 +315,16 @@ def test_ledger(capsys, tmp_path, monkeypatch):
     ok("ledger")
     assert len(capsys.readouterr().out.splitlines()) == len(records)
 
+
+def test_output_that_nobody_reads(tmp_path):
+    line = [sys.executable, "-m", "minisora.cli", "ledger"]
+    env = dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parent.parent), PYTHONIOENCODING="ascii")
+    assert subprocess.run([*line], env=env, cwd=tmp_path, capture_output=True).returncode == 0      # σ and é are spelled out
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(line, env=env, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode == 141
 
 class Page(html.parser.HTMLParser):
     def __init__(self, text):

@@ -300,6 +300,8 @@ BAD = {  # what is put into a folder beside one good clip → words of the one l
     "empty caption": ({"e.png": None, "e.txt": " \n"}, "e.txt has an empty caption for e.png"),
     "caption without clip": ({"e.txt": "x"}, "e.txt stands beside no clip"),
     "latin-1": ({"e.png": None, "e.txt": "grün".encode("latin-1"), "captions.jsonl": '{"file": "e.png", "caption": "x"}'}, "e.txt is not UTF-8"),
+    "utf-16": ({"e.png": None, "e.txt": "grün".encode("utf-16")}, "e.txt is not UTF-8"),
+    "latin-1 alone": ({"e.txt": "grün".encode("latin-1")}, "e.txt stands beside no clip"),
     "line not JSON": ({"captions.jsonl": '\n{"file": '}, "line 2 does not have the form"),
     "line a list": ({"captions.jsonl": "[1, 2]"}, "line 1 does not have the form"),
     "line without caption": ({"captions.jsonl": '{"file": "good.gif"}'}, "line 1 does not have the form"),
@@ -345,6 +347,10 @@ def test_layouts(clips, tmp_path):
     assert folder.texts() == ["ü", "p", "q r", "a caption in two lines"]
     drawn = {c for seed in range(20) for c in folder.batch(g(seed), 4)["captions"]}
     assert drawn == set(folder.texts())
+    many = quiet(tmp_path, unsaid=.2).batch(g(0), 90, captions=5)["captions"]
+    assert len(many) == 90 and {len(row) for row in many} == {5} and {frozenset(row) for row in many if len({*row} - {""}) > 1} >= {frozenset({"p", "q r"})}
+    assert 50 < sum(text == "" for row in many for text in row) < 130 and all(any({*row} <= {*texts, ""} for _, texts in folder.items) for row in many)
+    assert folder.batch(g(0), 2, captions=0)["captions"] == [[], []]
 
 
 @pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid"), reason="POSIX")

@@ -161,6 +161,13 @@ def test_free_wording(text, said, unknown):
     assert World().parse(text) == said | dict(unknown=unknown)
 
 
+@pytest.mark.parametrize("kind", [dict(), dict(sprites=2), dict(sprites=3)])
+def test_word_salad_is_no_failure(kind):
+    W, words = World(**kind), sorted({*w.PHRASES, *w.FILLERS}) + ["a"]*40 + ["x3 y4", "with grain 3", "no grain", "zebra", "é", "\x00", "7"]
+    salads = [" ".join(words[i] for i in torch.randint(len(words), (12,), generator=gen(seed))) for seed in range(300)]
+    assert len(W.asked(salads)) == 300 and all("unknown" in W.parse(t) for t in ("a red circle a blue square above", "above below left of", *salads))
+
+
 # -- entropy and enumeration --------------------------------------------------------------------------------------------
 
 def test_entropy_grows_and_matches_counting():
@@ -194,6 +201,18 @@ def test_enumeration_is_the_support():
     assert key(W.enumerate("heldout")).isdisjoint(every)
     with pytest.raises(ValueError, match="scenes"): World().enumerate()
     with pytest.raises(ValueError, match="scenes"): World(sprites=2).enumerate()
+
+
+def test_a_uniform_world_keeps_its_splits():
+    few = dict(size=16, frames=1, sizes=("large",), textures=("plain",), backgrounds=("black",), uniform=True)
+    W, two = World(**few), World(**few | dict(sprites=2, shapes=w.SHAPES[:4], colors=tuple(w.COLORS)[:4], step=4))
+    for world, splits in ((W, ("train", "heldout")), (two, ("train", "heldout", "swap"))):
+        for split in splits:
+            held, swap = w.reserved(world.sample(60, gen(0), split))
+            assert (held.all() if split == "heldout" else not held.any()) and (swap.all() if split == "swap" else not swap.any())
+    s = two.sample(20, gen(1), "swap")
+    assert torch.equal(s.color[0::2], s.color[1::2].flip(1)) and torch.equal(s.start[0::2], s.start[1::2])
+    assert W.entropy("pixels", "heldout") == pytest.approx(math.log2(len(W.enumerate("heldout")))) and len(W.enumerate("heldout")) < len(W.enumerate())
 
 
 # -- the reader ----------------------------------------------------------------------------------------------------------
@@ -282,6 +301,8 @@ def test_a_ball_that_does_not_turn():
     (lambda: World().caption(World().sample(1), "longest"), "longest"), (lambda: World().entropy("longest"), "longest"),
     (lambda: World(sprites=2).entropy("short", "heldout"), "heldout"), (lambda: World().scene(shape="heart"), "heart"), (lambda: World().scene(hue="red"), "hue"),
     (lambda: World().scene(start=(0, 0)), "start"), (lambda: World(sprites=2).scene(shape=("star",)), "shape"),
+    (lambda: World(sprites=2).scene(start=(8, 8)), "one pair per sprite"), (lambda: World(sprites=2).scene(motion="bouncing"), "finds no room"),
+    (lambda: World(shapes=()), "shapes is empty"), (lambda: World(sprites=2, layouts=(5,)), "layouts is 5"), (lambda: World.tiny().enumerate("test"), "split is 'test'"),
     (lambda: w.read(torch.zeros(1, 3, 32, 32)), "clips"), (lambda: w.read(torch.zeros(1, 1, 3, 32, 32).byte()), "clips"), (lambda: w.read(torch.zeros(1, 1, 3, 32, 48)), "clips"),
     (lambda: w.read(torch.zeros(0, 1, 3, 32, 32)), "empty"), (lambda: w.grade(torch.zeros(2, 1, 3, 32, 32), World().sample(1)), "one scene per clip"),
     (lambda: w.distance("heart", torch.zeros(1), torch.zeros(1)), "heart")])
