@@ -43,8 +43,8 @@ def preset(
     if name == "figure":  # no VAE; all scenes with each of these captions; times uniform in log-snr, and the loss is bits
         from dataclasses import asdict
         from minisora.world import World
-        return N(world=asdict(World.tiny()), vae=None, dit=dict(width=160, depth=5, heads=4, patch=(1, 4, 4), text_width=96),
-                 batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=4000, muon=4., save_every=500),
+        return N(world=asdict(World.tiny()), vae=None, dit=dict(width=96, depth=4, heads=2, patch=(1, 4, 4), text_width=64),
+                 batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=4500, muon=4., save_every=500),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=18_000, muon=4., save_every=1000),
@@ -267,7 +267,7 @@ def sample(args):
     if not all(p.strip() for p in prompts): raise ValueError("a prompt is empty: expected words")
     files, patch = targets(args, prompts), card_of(args.weights).get("vae", {}).get("patch", 1)
     for name in ("height", "width"):
-        if getattr(args, name) % patch: raise ValueError(f"--{name} is {getattr(args, name)}: expected a multiple of {patch}, the patch of {args.weights}")
+        if (getattr(args, name) or 0) % patch: raise ValueError(f"--{name} is {getattr(args, name)}: expected a multiple of {patch}, the patch of {args.weights}")
     from minisora.data import write_clip
     clips = draw(load_sora(args.weights, args.device), prompts, [args.seed + k for k in range(len(prompts))], frames=args.frames, height=args.height, width=args.width,
                  steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler, negative=args.negative)
@@ -501,9 +501,9 @@ def parser():
     drawing(add)
     add("--sampler", choices=SAMPLER_NAMES, help="(default: the model's)")
     add("--negative", default="", help="what to lead away from")
-    add("--frames", type=count, default=17, help="how many")
-    add("--height", type=count, default=32, help="pixels")
-    add("--width", type=count, default=32, help="pixels")
+    add("--frames", type=count, help="how many (default: the model's, 17 of t2v)")
+    add("--height", type=count, help="pixels (default: the model's, 32 of t2v)")
+    add("--width", type=count, help="pixels (default: the model's, 32 of t2v)")
     add("--scale", type=number(int, 1, 64, "a whole number from 1 to 64"), default=1, help="write each pixel so many times in both directions")
     add("--fps", type=number(float, .1, 100, "a number from 0.1 to 100"), default=8, help="frames per second")
     add("--grid", action="store_true", help="all prompts in one clip")

@@ -147,7 +147,7 @@ def test_training_on_a_folder(folder, tmp_path, capsys):
 def test_steps_are_shared():
     for name in cli.PRESETS:
         a, b = cli.preset(name), cli.adjusted(cli.preset(name), steps=2)
-        assert (b.vae_recipe.steps, b.dit_recipe.steps) == (1, 1) and not b.dit_recipe.compile
+        assert (b.vae_recipe.steps if b.vae_recipe else 0, b.dit_recipe.steps) == ((0, 2) if name == "figure" else (1, 1)) and not b.dit_recipe.compile
         assert cli.adjusted(cli.preset(name)).dit_recipe.steps == a.dit_recipe.steps
 
 
@@ -159,6 +159,23 @@ def test_captions_by_the_handful():
     assert len(flat) == 1000 and 60 < flat.count("") < 140
     words = {w for text in source.vocabulary(0) for w in re.findall(r"\w+", text.lower())}
     assert not {w for c in flat for w in re.findall(r"\w+", c.lower())} - words
+
+
+def test_figure_learns_every_scene_in_pixels(tmp_path, says, folder):
+    p, tiny = cli.preset("figure"), world.World.tiny()
+    pieces = list(cli.Captioned(data.WorldClips(world.World(**json.loads(json.dumps(p.world))))).pieces(None, p.pool, p.captions))
+    scenes = tiny.enumerate()
+    assert torch.equal(torch.cat([b["clips"] for b in pieces]), tiny.render(scenes))
+    texts = [row for b in pieces for row in b["captions"]]
+    assert all([row[k] for row in texts] == tiny.caption(scenes, level) for k, level in enumerate(p.captions)) and set(p.captions) == set(world.LEVELS)
+    out = tmp_path / "figure"
+    ok("train", "--preset", "figure", "--steps", 2, "--batch", 2, "--out", out, "--device", "cpu")
+    card = json.loads((out / "model.json").read_text())
+    assert card["steps"] == [0, 2] and world.World(**card["scenes"]) == tiny and not (out / "model-vae.safetensors").exists() and not (out / "vae").exists()
+    ok("sample", "a red circle", "--weights", out, "--out", tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").shape == (1, 3, 16, 16)
+    ok("eval", "--weights", out, "--n", 4, "--seeds", 1, "--split", "train", "--level", "full")
+    says("train", "--preset", "figure", "--data", folder, "--out", tmp_path / "no", words="figure learns all scenes.*expected world")
 
 
 # --- drawing
