@@ -44,7 +44,7 @@ def preset(
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=96, depth=4, heads=2, patch=(1, 4, 4), text_width=64),
-                 batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=4500, muon=4., save_every=500),
+                 batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=3000, muon=4., save_every=500),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=18_000, muon=4., save_every=1000),
@@ -128,7 +128,7 @@ def train_sora(
         captions += batch["captions"]
     z = torch.cat(z)
     ids, _ = model.tokenizer.encode([c for row in captions for c in row])
-    ids = ids.view(len(z), len(captions)//len(z), -1).short()
+    ids = ids.view(len(z), -1, ids.shape[1]).short()              # clips, captions, tokens
     def latents(g):
         i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(ids.shape[1], (p.dit_batch,), generator=g)
         t = times(p.dit_batch, g) if pixels else flow.sample_times(p.dit_batch, p.shift, g)

@@ -2,8 +2,8 @@
 
     python scripts/ship.py RUN NAME "2 CPU cores, bf16"
 
-RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors, their cards, and
-minisora/results/NAME_training.json, which chapter 41 draws.
+RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors if there is a VAE,
+their cards, and minisora/results/NAME_training.json, which chapters 33 and 41 draw.
 """
 import json, sys
 from pathlib import Path
@@ -28,10 +28,11 @@ def stage(folder, every=200):
 
 
 def main(run, name, device):
-    stages, model = {k: stage(Path(run) / k) for k in ("vae", "dit")}, Sora.from_pretrained(run)
+    stages, model = {k: stage(Path(run) / k) for k in ("vae", "dit") if (Path(run) / k).is_dir()}, Sora.from_pretrained(run)
     total = {k: {s: stages[s][k] for s in stages} for k in ("steps", "flops", "minutes", "compiled")}
-    model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, **total)
-    about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=model.card.get("command"), stages=stages)
+    command = model.card["command"] + " --bf16"*("--bf16" not in model.card["command"] and any(s["recipe"]["bf16"] is True for s in stages.values()))
+    model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, command=command, **total)
+    about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=command, stages=stages)
     core.write_atomic(ROOT / f"minisora/results/{name}_training.json", json.dumps(about) + "\n")
     print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")
 
