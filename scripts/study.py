@@ -117,7 +117,7 @@ def levels(
     p.dit = p.dit | SIZES[size]
     bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
     def train(steps):
-        p.dit_recipe = replace(p.dit_recipe, steps=steps, warmup=min(100, steps//4), compile=steps >= 500, bf16=bf16, save_every=steps)
+        p.dit_recipe = replace(p.dit_recipe, steps=steps, warmup=min(100, steps//4), compile=core.at_scale(test=False, cpu=steps >= 2000, gpu=True), bf16=bf16, save_every=steps)
         with tempfile.TemporaryDirectory() as out: return cli.train_sora(p, cli.Captioned(WorldClips(World(**p.world))), out, seed)
     steps = max(2, round(tflop*1e12/train(1).card["flops"]))
     model = train(steps)
@@ -126,7 +126,6 @@ def levels(
     seen = measure(pictures, said, grid, n, seed, lambda xt, t, i, level: model.dit(xt.to(model.device), t.expand(len(xt)).to(model.device), text[level][i]).cpu())
     return dict(steps=steps, batch=p.dit_batch, flops=model.card["flops"], parameters=core.num_params(model.dit), n=n, bf16=bf16, compiled=model.card["compiled"],
                 excess={level: round(information([r.excess for r in seen[level]], grid).bits, 4) for level in LEVELS},
-                learned={level: round(information([a.floor + a.excess - b.floor - b.excess for a, b in zip(seen["none"], seen[level])], grid).bits, 4) for level in LEVELS},
                 right={k: round(v, 2) for k, v in right_pictures(model, n, seed).items()})
 
 
@@ -134,7 +133,7 @@ def points():
     "Name → function and its points, in the order in which they run: one seed of everything first."
     budgets = core.at_scale(test=(.001,), cpu=(2, 8, 32), gpu=(32, 128, 512))
     return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]),
-                levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(1, 3, 9), gpu=(9, 27, 81)) for size in SIZES]))
+                levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]))
 
 
 # --- the runner

@@ -178,6 +178,22 @@ def test_figure_learns_every_scene_in_pixels(tmp_path, says, folder):
     says("train", "--preset", "figure", "--data", folder, "--out", tmp_path / "no", words="figure learns all scenes.*expected world")
 
 
+def test_figure_reads_one_caption_of_the_picture_at_a_time(tmp_path, monkeypatch):
+    seen, p, tiny = {}, cli.adjusted(cli.preset("figure"), steps=2), world.World.tiny()
+    def fit(model, loss, draw, *_, **__):
+        seen.update(draw(core.generator(0)))
+        return dict(flops=0, compiled=False)
+    monkeypatch.setattr("minisora.train.fit", fit)
+    words = cli.train_sora(p, cli.Captioned(data.WorldClips(tiny)), tmp_path).tokenizer
+    scenes, kinds = tiny.enumerate(), []
+    near = torch.cdist(seen["latents"].flatten(1), tiny.render(scenes).flatten(1)).min(1)
+    assert near.values.max() < .1 and seen["text"].shape[1] == words.encode(tiny.caption(scenes, "pixels"))[0].shape[1]
+    for k, text in zip(near.indices.tolist(), words.decode(seen["text"])):
+        said = {words.decode(words.encode(tiny.caption(scenes[[k]], level))[0])[0]: level for level in world.LEVELS}
+        kinds.append(said[text])
+    assert set(kinds) == set(world.LEVELS) and kinds.count("none") > 8
+
+
 # --- drawing
 
 def test_every_format(run, tmp_path, capsys):
