@@ -1,9 +1,11 @@
 "Bits from squared errors: known answers, an independent enumeration, what must be paired, and bad input."
-import math
+import base64, io, json, math, re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minisora.bayes import index, posterior
 from minisora.core import generator
@@ -145,3 +147,19 @@ def test_bad_input():
     with pytest.raises(ValueError, match="rate has 3 noise levels, logsnr 2"): information(three, torch.tensor([0., 1.]))
     with pytest.raises(ValueError, match="three or more, rising"): information(three, torch.tensor([0., 2., 1.]))
     with pytest.raises(ValueError, match="three or more, rising"): information(three[:2], torch.tensor([0., 1.]))
+
+
+def test_the_page():
+    "Self-contained, with two labelled sliders, and numbers that add up."
+    page = (Path(__file__).resolve().parent.parent / "nbs" / "noise_vs_caption.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 300_000 and not re.search(r"https?:|<link|src=[\"'](?!data:)|import\(|fetch\(", page)
+    for name in ("noise", "words"): assert f'<label for="{name}">' in page and f'<input type="range" id="{name}"' in page
+    assert 'aria-live="polite"' in page and '<html lang="en">' in page
+    data = json.loads(re.search(r"const D = (\{.*?\}), LEVELS", page, re.S)[1])
+    assert data["says"] == [round(World.tiny().entropy(level), 3) for level in LEVELS]
+    assert len(data["open"]) == len(data["t"]) and data["t"] == sorted(data["t"], reverse=True) and (data["t"][0], data["t"][-1]) == (1, 0)
+    assert data["open"][0] == pytest.approx([data["total"] - s for s in data["says"]], abs=2e-3) and not any(data["open"][-1])
+    assert all(a >= b - .05 for row in data["open"] for a, b in zip(row, row[1:])) and all(a[0] >= b[0] - .3 for a, b in zip(data["open"], data["open"][1:]))
+    for p in data["pictures"]:
+        sheet = Image.open(io.BytesIO(base64.b64decode(p["sheet"].split(",")[1])))
+        assert sheet.size == (16 * 7, 16 * len(data["t"])) and len(p["captions"]) == 6
