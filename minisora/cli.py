@@ -21,6 +21,7 @@ PRESETS = dict(
     demo="two minutes on a small folder of clips, which it learns by heart",
     t2v="one sprite, 17 frames of 32x32, every attribute named: the model that ships",
     pairs="two sprites with a relation",
+    figure="the tiny world's images, every length of caption, in pixels: the model of chapter 33",
 )
 
 # %% ../nbs/60_cli.ipynb #5108299f
@@ -39,6 +40,12 @@ def preset(
         recipe = Recipe(steps=1800, warmup=20, save_every=1800, log_every=30, ema=.99, compile=False)
         return N(world=dict(), vae=dict(width=128, encoder=2, decoder=2), dit=dict(width=128, depth=4, text_width=64, patch=(1, 2, 2)), batch=16, dit_batch=16, pool=400, captions=2,
                  vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.001, sampling=dict(steps=12))
+    if name == "figure":  # no VAE; all scenes with each of these captions; times uniform in log-snr, and the loss is bits
+        from dataclasses import asdict
+        from minisora.world import World
+        return N(world=asdict(World.tiny()), vae=None, dit=dict(width=96, depth=4, heads=2, patch=(1, 4, 4), text_width=64),
+                 batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=3000, muon=4., save_every=500),
+                 shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=18_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
@@ -64,12 +71,15 @@ def train_sora(
     from tqdm.auto import tqdm
     from minisora import core, flow
     from minisora.dit import DiT
-    from minisora.sora import Sora
+    from minisora.information import eps_loss, times
+    from minisora.sora import Pixels, Sora
     from minisora.text import Tokenizer
     from minisora.train import fit
     from minisora.vae import PatchVAE, VAEConfig
     device, out = core.device(device), Path(out)
     facts, flops, steps = dict(facts or {}, seed=seed, vae=p.vae, dit=p.dit), 0, [0, p.dit_recipe.steps]
+    pixels = vae is None and p.vae is None
+    if pixels: vae = Pixels()
     if vae is None:
         torch.manual_seed(seed)                                       # the network's first values
         vae, steps[0] = PatchVAE(VAEConfig(**p.vae)).to(device), p.vae_recipe.steps
@@ -80,23 +90,28 @@ def train_sora(
     vae.requires_grad_(False)
     # the DiT's data: latents of many clips, each with several captions, made once
     g, z, captions, model = core.generator(seed + 1), [], [], None
-    for start in tqdm(range(0, p.pool, 200), desc="latents", unit="batch", leave=False):
-        batch = source.batch(g, min(200, p.pool - start), captions=p.captions)
+    def pieces():                                                 # p.pool draws; without one, every scene of a world that can be listed
+        for i in range(0, p.pool or 0, 200): yield source.batch(g, min(200, p.pool - i), captions=p.captions)
+        every = () if p.pool else source.world.enumerate()
+        for s in (every[i:i + 200] for i in range(0, len(every), 200)):
+            yield dict(clips=source.world.render(s), captions=[*zip(*(source.world.caption(s, level) for level in p.captions))])
+    for batch in tqdm(pieces(), desc="latents", unit="batch", leave=False):
         if model is None:
             words = Tokenizer.from_texts(source.texts(seed))
             torch.manual_seed(seed + 1)
             model = Sora(DiT(vae.config.channels, vocab=words.vocab_size, **p.dit), vae, words, dict(facts, sampling=dict(shift=p.shift, **p.sampling))).to(device)
-            model.measure(batch["clips"].to(device))
+            if not pixels: model.measure(batch["clips"].to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(p.dit_recipe.bf16)): z.append(model.latents(batch["clips"].to(device)).half().cpu())
         captions += batch["captions"]
     z = torch.cat(z)
     ids, _ = model.tokenizer.encode([c for row in captions for c in row])
-    ids = ids.view(len(z), p.captions, -1).short()
+    ids = ids.view(len(z), -1, ids.shape[1]).short()              # clips, captions, tokens
     def latents(g):
-        i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(p.captions, (p.dit_batch,), generator=g)
-        t = flow.sample_times(p.dit_batch, p.shift, g)
+        i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(ids.shape[1], (p.dit_batch,), generator=g)
+        t = times(p.dit_batch, g) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
         return dict(latents=z[i].float(), eps=torch.randn(p.dit_batch, *z.shape[1:], generator=g), t=t, text=ids[i, k].long())
-    two = fit(model.dit, model.loss, latents, replace(p.dit_recipe, seed=seed), out/"dit", resume, facts, hook and (lambda i, _: hook(model)), name="dit")
+    bits = lambda latents, eps, t, text: eps_loss(model.dit, latents, t, eps, text=text)      # in pixels the loss counts bits: chapter 33
+    two = fit(model.dit, bits if pixels else model.loss, latents, replace(p.dit_recipe, seed=seed), out/"dit", resume, facts, hook and (lambda i, _: hook(model)), name="dit")
     model.save_pretrained(out, flops=flops + two["flops"], steps=steps, compiled=two["compiled"])
     return model
 
@@ -107,12 +122,12 @@ def adjusted(
 ):
     "The preset with what the command line asks for; steps are the total of both stages."
     from dataclasses import replace
-    a, b = p.vae_recipe.steps, p.dit_recipe.steps
-    first = a if steps is None else min(max(1, round(steps*a/(a + b))), steps - 1)
+    a, b = (r.steps if r else 0 for r in (p.vae_recipe, p.dit_recipe))
+    first = a if steps is None or not a else min(max(1, round(steps*a/(a + b))), steps - 1)
     def recipe(r, n):
         given = {k: v for k, v in dict(lr=lr, save_every=save_every, bf16=bf16).items() if v is not None}
         return replace(r, steps=n, warmup=min(r.warmup, n//4), log_every=min(r.log_every, max(1, n//4)), compile=r.compile and n >= 500, **given)
-    p.vae_recipe, p.dit_recipe = recipe(p.vae_recipe, first), recipe(p.dit_recipe, b if steps is None else steps - first)
+    p.vae_recipe, p.dit_recipe = a and recipe(p.vae_recipe, first), recipe(p.dit_recipe, b if steps is None else steps - first)
     p.batch, p.dit_batch = batch or p.batch, batch or p.dit_batch
     return p
 
@@ -234,7 +249,7 @@ def sample(args):
     if not all(p.strip() for p in prompts): raise ValueError("a prompt is empty: expected words")
     files, patch = targets(args, prompts), card_of(args.weights).get("vae", {}).get("patch", 1)
     for name in ("height", "width"):
-        if getattr(args, name) % patch: raise ValueError(f"--{name} is {getattr(args, name)}: expected a multiple of {patch}, the patch of {args.weights}")
+        if (getattr(args, name) or 0) % patch: raise ValueError(f"--{name} is {getattr(args, name)}: expected a multiple of {patch}, the patch of {args.weights}")
     from minisora.data import write_clip
     clips = draw(load_sora(args.weights, args.device), prompts, [args.seed + k for k in range(len(prompts))], frames=args.frames, height=args.height, width=args.width,
                  steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler, negative=args.negative)
@@ -254,8 +269,9 @@ def train(args):
     from minisora.data import open_data, WorldClips
     from minisora.world import VERSION, World
     p = adjusted(preset(args.preset), args.steps, args.batch, args.lr, args.save_every, args.bf16)
+    if p.pool is None and args.data != "world": raise ValueError(f"--data is {args.data}, but {args.preset} learns all scenes of a world that can be listed: expected world")
     world, device = World(**p.world), core.device(args.device)
-    data = WorldClips(world, LEVELS) if args.data == "world" else open_data(args.data, world.frames, world.size, unsaid=LEVELS["none"])
+    data = WorldClips(world, LEVELS if p.pool else dict.fromkeys(p.captions, 1)) if args.data == "world" else open_data(args.data, world.frames, world.size, unsaid=LEVELS["none"])
     facts = dict(data="world", world=VERSION, scenes=p.world) if args.data == "world" else dict(data="folder", clips=len(data))
     if args.data != "world": p.pool = min(p.pool, 8*len(data))
     given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "lr", "save_every", "seed")}
@@ -263,8 +279,8 @@ def train(args):
     facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None)])
     print(f"{args.preset}: {PRESETS[args.preset]}")
     print(f"data    {args.data}: " + (f"version {VERSION}, made as needed" if args.data == "world" else f"{len(data)} clips with captions, {len(data.bad)} complaints")
-          + f"; {world.frames} frames of {world.size}x{world.size}, batches of {p.batch} (VAE) and {p.dit_batch} (DiT), {p.pool} clips for the DiT with {p.captions} captions each")
-    for name, config, recipe in (("vae", p.vae, p.vae_recipe), ("dit", p.dit, p.dit_recipe)): print(f"{name:7} {config or 'as its defaults'}\n        {recipe}")
+          + f"; {world.frames} frames of {world.size}x{world.size}, batches of {p.batch} (VAE) and {p.dit_batch} (DiT), {p.pool or 'all'} clips for the DiT with captions: {p.captions}")
+    for name, config, recipe in (("vae", p.vae, p.vae_recipe), ("dit", p.dit, p.dit_recipe)): print(f"{name:7} {config or 'as its defaults'}\n        {recipe}" if recipe else f"{name:7} none: pixels as they are")
     print(f"run     {out}, seed {args.seed}, on {device}", flush=True)
     if args.resume and (out/"model.json").is_file():
         done = card_of(out).get("command")
@@ -467,9 +483,9 @@ def parser():
     drawing(add)
     add("--sampler", choices=SAMPLER_NAMES, help="(default: the model's)")
     add("--negative", default="", help="what to lead away from")
-    add("--frames", type=count, default=17, help="how many")
-    add("--height", type=count, default=32, help="pixels")
-    add("--width", type=count, default=32, help="pixels")
+    add("--frames", type=count, help="how many (default: the model's, 17 of t2v)")
+    add("--height", type=count, help="pixels (default: the model's, 32 of t2v)")
+    add("--width", type=count, help="pixels (default: the model's, 32 of t2v)")
     add("--scale", type=number(int, 1, 64, "a whole number from 1 to 64"), default=1, help="write each pixel so many times in both directions")
     add("--fps", type=number(float, .1, 50, "a number from 0.1 to 50"), default=8, help="frames per second")
     add("--grid", action="store_true", help="all prompts in one clip")

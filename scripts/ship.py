@@ -2,9 +2,9 @@
 
     python scripts/ship.py RUN NAME "2 CPU cores, bf16"
 
-RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors, their cards, and
-minisora/results/NAME_training.json, which chapter 41 draws. A stage that the run did not train (a DiT on a VAE that ships already)
-stays there as it was recorded.
+RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors if there is a VAE,
+their cards, and minisora/results/NAME_training.json, which chapters 33 and 41 draw. A stage that the run did not train (a DiT on a
+VAE that ships already) stays there as it was recorded.
 """
 import json, sys
 from pathlib import Path
@@ -30,12 +30,14 @@ def stage(folder, every=200):
 
 def main(run, name, device):
     table, model = ROOT / f"minisora/results/{name}_training.json", Sora.from_pretrained(run)
-    past = json.loads(table.read_text(encoding="utf-8"))["stages"] if table.is_file() else {}
-    stages = {k: stage(Path(run) / k) if (Path(run) / k).is_dir() else past[k] for k in ("vae", "dit")}
+    stages = json.loads(table.read_text(encoding="utf-8"))["stages"] if table.is_file() else {}
+    stages |= {k: stage(Path(run) / k) for k in ("vae", "dit") if (Path(run) / k).is_dir()}
     total = {k: {s: stages[s][k] for s in stages} for k in ("steps", "flops", "minutes", "compiled")}
-    model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, **total)
-    about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=model.card.get("command"), stages=stages)
-    core.write_atomic(table, json.dumps(about) + "\n")
+    command = model.card["command"] + " --bf16"*("--bf16" not in model.card["command"] and any(s.get("recipe", {}).get("bf16") is True for s in stages.values()))
+    model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, command=command, **total)
+    about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=command, stages=stages)
+    core.write_atomic(table, json.dumps(about) + "
+")
     print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")
 
 

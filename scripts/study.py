@@ -8,7 +8,8 @@ The table is minisora/results/NAME.json, written anew after each point; the chap
 for one point of it, which must come out within the spread of the seeds (`sys.path.append("../scripts"); from study import latents`).
 A study is a function from a point (seed among its arguments) to a dict of numbers, `flops` among them, and a list of points.
 """
-import argparse, json, os, sys, time
+import argparse, json, os, sys, tempfile, time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,15 @@ from types import SimpleNamespace
 import torch
 from einops import rearrange
 
-from minisora import core
+from minisora import bayes, cli, core
+from minisora.data import WorldClips
 from minisora.dit import DiT
 from minisora.flow import flow_loss, guide, sample_euler, sample_times
+from minisora.information import LOGSNR, information, measure
 from minisora.sora import Sora
 from minisora.text import Tokenizer
 from minisora.train import Recipe, fit
-from minisora.world import VERSION, World, grade
+from minisora.world import LEVELS, VERSION, World, grade
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,10 +79,61 @@ def latents(
                 right={k: round(100*v.rate, 3) for k, v in grade(drawn, test).rates.items()}, vae=d.vae, compiled=run["compiled"])
 
 
+# --- levels (claims 12 and 13, chapter 33): every length of caption against compute, for two sizes of model
+
+SIZES = dict(small=dict(width=48, depth=3, heads=2, text_width=48), large={})  # large: as the preset `figure`
+
+
+@lru_cache
+def _tiny():
+    "The tiny world, its scenes, their pictures, and the number of each one's caption, by level."
+    world = World.tiny()
+    scenes = world.enumerate()
+    return world, scenes, world.render(scenes), {level: bayes.index(world.caption(scenes, level)) for level in LEVELS}
+
+
+def right_pictures(
+    model,  # Sora in pixels
+    n,  # prompts of each level
+    seed,  # of prompts and noise
+):
+    "Level of caption -> percent of drawn pictures that show all it asks for, by the oracle; for `none`, percent that are a picture of the world."
+    world, scenes, pictures, _ = _tiny()
+    i, out = torch.randint(len(scenes), (n,), generator=core.generator(seed)), {}
+    for level in LEVELS:
+        drawn = model.generate(world.caption(scenes[i], level), seed=seed).cpu()
+        near = torch.cdist(drawn.flatten(1), pictures.flatten(1)).min(1).values < 1.3  # half of the least distance between two scenes
+        out[level] = 100*(near if level == "none" else near & grade(drawn, scenes[i], level).right).float().mean().item()
+    return out
+
+
+def levels(
+    size,  # `small` or `large`
+    tflop,  # of training, the optimizer's products included
+    seed,  # of weights and batches
+):
+    "Train on every level of caption at once for so many FLOPs; excess over the floor in bits, and pictures right, by level."
+    p, n = cli.preset("figure"), core.at_scale(test=8, cpu=128, gpu=512)
+    p.dit = p.dit | SIZES[size]
+    bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+    def train(steps):
+        p.dit_recipe = replace(p.dit_recipe, steps=steps, warmup=min(100, steps//4), compile=core.at_scale(test=False, cpu=steps >= 2000, gpu=True), bf16=bf16, save_every=steps)
+        with tempfile.TemporaryDirectory() as out: return cli.train_sora(p, cli.Captioned(WorldClips(World(**p.world))), out, seed)
+    steps = max(2, round(tflop*1e12/train(1).card["flops"]))
+    model = train(steps)
+    world, scenes, pictures, said = _tiny()
+    text, grid = {level: model.ids(world.caption(scenes, level)) for level in LEVELS}, torch.arange(LOGSNR[0], LOGSNR[1] + .1, core.at_scale(test=2.75, cpu=1., gpu=.5))
+    seen = measure(pictures, said, grid, n, seed, lambda xt, t, i, level: model.dit(xt.to(model.device), t.expand(len(xt)).to(model.device), text[level][i]).cpu())
+    return dict(steps=steps, batch=p.dit_batch, flops=model.card["flops"], parameters=core.num_params(model.dit), n=n, bf16=bf16, compiled=model.card["compiled"],
+                excess={level: round(information([r.excess for r in seen[level]], grid).bits, 4) for level in LEVELS},
+                right={k: round(v, 2) for k, v in right_pictures(model, n, seed).items()})
+
+
 def points():
     "Name → function and its points, in the order in which they run: one seed of everything first."
     budgets = core.at_scale(test=(.001,), cpu=(2, 8, 32), gpu=(32, 128, 512))
-    return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]))
+    return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]),
+                levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]))
 
 
 # --- the runner

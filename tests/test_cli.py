@@ -149,7 +149,7 @@ def test_training_on_a_folder(folder, tmp_path, capsys):
 def test_steps_are_shared():
     for name in cli.PRESETS:
         a, b = cli.preset(name), cli.adjusted(cli.preset(name), steps=2)
-        assert (b.vae_recipe.steps, b.dit_recipe.steps) == (1, 1) and not b.dit_recipe.compile
+        assert (b.vae_recipe.steps if b.vae_recipe else 0, b.dit_recipe.steps) == ((0, 2) if name == "figure" else (1, 1)) and not b.dit_recipe.compile
         assert cli.adjusted(cli.preset(name)).dit_recipe.steps == a.dit_recipe.steps
 
 
@@ -161,6 +161,39 @@ def test_captions_by_the_handful():
     assert len(flat) == 1000 and 60 < flat.count("") < 140
     words = {w for text in source.texts(0) for w in re.findall(r"\w+", text.lower())}
     assert not {w for c in flat for w in re.findall(r"\w+", c.lower())} - words
+
+
+def test_figure_learns_every_scene_in_pixels(tmp_path, says, folder):
+    p, tiny = cli.preset("figure"), world.World.tiny()
+    pieces = list(cli.Captioned(data.WorldClips(world.World(**json.loads(json.dumps(p.world))))).pieces(None, p.pool, p.captions))
+    scenes = tiny.enumerate()
+    assert torch.equal(torch.cat([b["clips"] for b in pieces]), tiny.render(scenes))
+    texts = [row for b in pieces for row in b["captions"]]
+    assert all([row[k] for row in texts] == tiny.caption(scenes, level) for k, level in enumerate(p.captions)) and set(p.captions) == set(world.LEVELS)
+    out = tmp_path / "figure"
+    ok("train", "--preset", "figure", "--steps", 2, "--batch", 2, "--out", out, "--device", "cpu")
+    card = json.loads((out / "model.json").read_text())
+    assert card["steps"] == [0, 2] and world.World(**card["scenes"]) == tiny and not (out / "model-vae.safetensors").exists() and not (out / "vae").exists()
+    ok("sample", "a red circle", "--weights", out, "--out", tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").shape == (1, 3, 16, 16)
+    ok("eval", "--weights", out, "--n", 4, "--seeds", 1, "--split", "train", "--level", "full")
+    says("train", "--preset", "figure", "--data", folder, "--out", tmp_path / "no", words="figure learns all scenes.*expected world")
+
+
+def test_figure_reads_one_caption_of_the_picture_at_a_time(tmp_path, monkeypatch):
+    seen, p, tiny = {}, cli.adjusted(cli.preset("figure"), steps=2), world.World.tiny()
+    def fit(model, loss, draw, *_, **__):
+        seen.update(draw(core.generator(0)))
+        return dict(flops=0, compiled=False)
+    monkeypatch.setattr("minisora.train.fit", fit)
+    words = cli.train_sora(p, cli.Captioned(data.WorldClips(tiny)), tmp_path).tokenizer
+    scenes, kinds = tiny.enumerate(), []
+    near = torch.cdist(seen["latents"].flatten(1), tiny.render(scenes).flatten(1)).min(1)
+    assert near.values.max() < .1 and seen["text"].shape[1] == words.encode(tiny.caption(scenes, "pixels"))[0].shape[1]
+    for k, text in zip(near.indices.tolist(), words.decode(seen["text"])):
+        said = {words.decode(words.encode(tiny.caption(scenes[[k]], level))[0])[0]: level for level in world.LEVELS}
+        kinds.append(said[text])
+    assert set(kinds) == set(world.LEVELS) and kinds.count("none") > 8
 
 
 # --- drawing

@@ -11,7 +11,7 @@ import torch
 import minisora
 from minisora.core import UserError, generator
 from minisora.dit import DiT
-from minisora.sora import Sora, find_weights, vae_file
+from minisora.sora import Pixels, Sora, find_weights, vae_file
 from minisora.text import Tokenizer
 from minisora.vae import PatchVAE, VAEConfig
 from minisora.world import World, grade
@@ -81,6 +81,23 @@ def test_save_load_identity(model, tmp_path):
     assert torch.equal(loaded.generate(PROMPTS[:2], steps=2), model.generate(PROMPTS[:2], steps=2)) and loaded.card["data"] == "nothing"
     loaded.save_pretrained(tmp_path/"b")
     for f in ("model.safetensors", "model-vae.safetensors", "model.json"): assert (tmp_path/"a"/f).read_bytes() == (tmp_path/"b"/f).read_bytes()
+
+
+def test_pixels_instead_of_a_vae(tmp_path):
+    words = Tokenizer.from_texts(["a red circle"])
+    model = Sora(DiT(3, vocab=words.vocab_size, width=48, depth=2, patch=(1, 4, 4)), Pixels(), words, dict(sampling=dict(frames=1, height=16, width=24)))
+    torch.nn.init.normal_(model.dit.trunk.out.weight, std=.05)
+    clips = torch.rand(2, 1, 3, 16, 16)*2 - 1
+    assert torch.equal(model.latents(clips), clips) and torch.equal(model.clips(clips), clips)
+    model.save_pretrained(tmp_path, half=True)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    again = Sora.from_pretrained(tmp_path)
+    drawn = again.generate("a red circle", steps=2)
+    assert drawn.shape == (1, 1, 3, 16, 24) and isinstance(again.vae, Pixels)       # the card knows the size
+    assert again.generate("a red circle", steps=2, frames=2, height=8).shape == (1, 2, 3, 8, 24)
+    assert (drawn - model.generate("a red circle", steps=2)).abs().max() < .02
+    again.save_pretrained(tmp_path/"b", half=True)
+    assert (tmp_path/"b"/"model.safetensors").read_bytes() == (tmp_path/"model.safetensors").read_bytes()
 
 
 def test_checkpoints_that_do_not_fit(model, tmp_path):
