@@ -20,7 +20,7 @@ PRESETS = dict(
     tiny="seconds, for tests: nothing to look at",
     demo="two minutes on a small folder of clips, which it learns by heart",
     t2v="one sprite, 17 frames of 32x32, every attribute named: the model that ships",
-    pairs="two sprites with a relation",
+    pairs="two sprites with a relation, images of 32x32: whose color is whose",
 )
 
 # %% ../nbs/60_cli.ipynb #5108299f
@@ -39,7 +39,11 @@ def preset(
         recipe = Recipe(steps=1800, warmup=20, save_every=1800, log_every=30, ema=.99, compile=False)
         return N(world=dict(), vae=dict(width=128, encoder=2, decoder=2), dit=dict(width=128, depth=4, text_width=64, patch=(1, 2, 2)), batch=16, dit_batch=16, pool=400, captions=2,
                  vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.001, sampling=dict(steps=12))
-    return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
+    if name == "pairs":  # images: what two sprites ask of language (whose color, which side) is in every frame, a clip has three times the tokens and 17 times the pixels
+        return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=160, depth=4, heads=4, text_width=96, text_depth=2),  # two blocks of text: color to shape, both to their side
+                 batch=64, dit_batch=128, pool=60_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=500), dit_recipe=Recipe(steps=6000, muon=4., save_every=500),
+                 shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
+    return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=18_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
 
@@ -171,7 +175,7 @@ def watch(source, out, n=36):                         # Captioned, folder, clips
     scenes = source.world and source.world.sample(n, generator(2**40))
     prompts = source.world.caption(scenes) if source.world else source.source.texts()[:n]
     def look(model):
-        clips = draw(model, prompts, [*range(len(prompts))], quiet=True)
+        clips = draw(model, prompts, [*range(len(prompts))], quiet=True, frames=source.world.frames if source.world else 17)
         write_clip(tile(clips), Path(out)/"samples.webp")
         return {k: round(r.rate, 4) for k, r in grade(clips, scenes).rates.items()} if scenes else {}
     return look
@@ -254,7 +258,7 @@ def sample(args):
     for name in ("height", "width"):
         if getattr(args, name) % patch: raise ValueError(f"--{name} is {getattr(args, name)}: expected a multiple of {patch}, the patch of {args.weights}")
     from minisora.data import write_clip
-    clips = draw(load_sora(args.weights, args.device), prompts, [args.seed + k for k in range(len(prompts))], frames=args.frames, height=args.height, width=args.width,
+    clips = draw(load_sora(args.weights, args.device), prompts, [args.seed + k for k in range(len(prompts))], frames=args.frames or card_of(args.weights).get("scenes", {}).get("frames", 17), height=args.height, width=args.width,
                  steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler, negative=args.negative)
     clips = clips.repeat_interleave(args.scale, -1).repeat_interleave(args.scale, -2)
     for file, clip in zip(files, [tile(clips)] if args.grid else clips):
@@ -278,7 +282,8 @@ def train(args):
     if args.data != "world": p.pool = min(p.pool, 8*len(data))
     given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "lr", "save_every", "seed")}
     if args.data != "world": given["data"] = "FOLDER"
-    facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None)])
+    facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None),
+                                *{True: ["--bf16"], False: ["--no-bf16"]}.get(args.bf16, [])])
     print(f"{args.preset}: {PRESETS[args.preset]}")
     print(f"data    {args.data}: " + (f"version {VERSION}, made as needed" if args.data == "world" else f"{len(data)} clips with captions, {len(data.bad)} complaints")
           + f"; {world.frames} frames of {world.size}x{world.size}, batches of {p.batch} (VAE) and {p.dit_batch} (DiT), {p.pool} clips for the DiT with {p.captions} captions each")
@@ -320,7 +325,7 @@ def evaluate(args):
         rows, chance, laws, starts = [], [], [], ([], [], [])
         for seed in range(args.seed, args.seed + args.seeds):
             scenes, other = (world.sample(args.n, core.generator(2**41 + 2*seed + k), split) for k in (0, 1))
-            clips = draw(model, world.caption(scenes, args.level), [seed*args.n + k for k in range(args.n)], steps=args.steps, cfg_scale=args.cfg_scale)
+            clips = draw(model, world.caption(scenes, args.level), [seed*args.n + k for k in range(args.n)], steps=args.steps, cfg_scale=args.cfg_scale, frames=world.frames)
             reading = read(clips, world=world)
             rows.append(grade(clips, scenes, args.level, reading))
             chance.append(grade(clips, scenes[torch.arange(args.n).roll(1)], args.level, reading).right)
@@ -485,7 +490,7 @@ def parser():
     drawing(add)
     add("--sampler", choices=SAMPLER_NAMES, help="(default: the model's)")
     add("--negative", default="", help="what to lead away from")
-    add("--frames", type=count, default=17, help="how many")
+    add("--frames", type=count, help="how many (default: as in training, else 17)")
     add("--height", type=count, default=32, help="pixels")
     add("--width", type=count, default=32, help="pixels")
     add("--scale", type=number(int, 1, 64, "a whole number from 1 to 64"), default=1, help="write each pixel so many times in both directions")
