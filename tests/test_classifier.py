@@ -132,3 +132,17 @@ def test_any_sora():
     v = c.classify(model, torch.rand(2, 17, 3, 32, 32, generator=generator(7))*2 - 1, ["a red circle", "a blue square", "red"], draws=4, generator=generator(8))
     assert v.scores.shape == (2, 3) and v.scores.isfinite().all() and v.errors.shape == (4, 2, 3) and not v.scores.requires_grad
     assert (v.scores.diff(dim=1) != 0).all()
+
+
+def test_pairs_that_ship():
+    from minisora.core import num_params
+    from minisora.world import VERSION, World, twins
+    model = Sora.from_pretrained("pairs")
+    card, W = model.card, World(**model.card["scenes"])
+    assert (W.sprites, W.frames, card["world"], card["command"]) == (2, 1, VERSION, "minisora train --preset pairs --data world --seed 0 --bf16")
+    assert {"steps", "flops", "minutes", "compiled", "device"} <= set(card)
+    assert 1.4e6 < num_params(model.dit) < 1.7e6 and num_params(model.vae) == 1_494_112                # as the preset says
+    scenes = W.sample(24, generator(9), "swap")
+    either = [list(two) for two in zip(W.caption(scenes, "long"), W.caption(twins(scenes), "long"))]
+    v = c.classify(model, W.render(scenes), either, draws=4, rounds=1, generator=generator(10))
+    assert (v.prediction == 0).float().mean() > .7                                                     # chance is a half
