@@ -41,7 +41,7 @@ def preset(
                  vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.001, sampling=dict(steps=12))
     if name == "pairs":  # images: what two sprites ask of language (whose color, which side) is in every frame, a clip has three times the tokens and 17 times the pixels
         return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=128, depth=4, heads=4, text_width=64, text_depth=2),  # two blocks of text: color to shape, both to their side
-                 batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=2000, muon=4., save_every=500),
+                 batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=1500, muon=4., save_every=500),
                  shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
     return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=18_000, muon=4., save_every=1000),
