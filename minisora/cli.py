@@ -20,7 +20,7 @@ PRESETS = dict(
     tiny="seconds, for tests: nothing to look at",
     demo="two minutes on a small folder of clips, which it learns by heart",
     t2v="one sprite, 17 frames of 32x32, every attribute named: the model that ships",
-    pairs="two sprites with a relation",
+    pairs="two sprites with a relation, images of 32x32: whose color is whose",
     figure="the tiny world's images, every length of caption, in pixels: the model of chapter 33",
 )
 
@@ -46,8 +46,12 @@ def preset(
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=96, depth=4, heads=2, patch=(1, 4, 4), text_width=64),
                  batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=3000, muon=4., save_every=500),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
-    return N(world=dict(sprites=2) if name == "pairs" else dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
-             batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=18_000, muon=4., save_every=1000),
+    if name == "pairs":  # images: what two sprites ask of language (whose color, which side) is in every frame, a clip has three times the tokens and 17 times the pixels
+        return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=128, depth=4, heads=4, text_width=64, text_depth=2),  # two blocks of text: color to shape, both to their side
+                 batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=1500, muon=4., save_every=500),
+                 shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16, frames=1))
+    return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
+             batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=16_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
 
 # %% ../nbs/60_cli.ipynb #54f5c69e
@@ -276,7 +280,8 @@ def train(args):
     if args.data != "world": p.pool = min(p.pool, 8*len(data))
     given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "lr", "save_every", "seed")}
     if args.data != "world": given["data"] = "FOLDER"
-    facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None)])
+    facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None),
+                                *{True: ["--bf16"], False: ["--no-bf16"]}.get(args.bf16, [])])
     print(f"{args.preset}: {PRESETS[args.preset]}")
     print(f"data    {args.data}: " + (f"version {VERSION}, made as needed" if args.data == "world" else f"{len(data)} clips with captions, {len(data.bad)} complaints")
           + f"; {world.frames} frames of {world.size}x{world.size}, batches of {p.batch} (VAE) and {p.dit_batch} (DiT), {p.pool or 'all'} clips for the DiT with captions: {p.captions}")
