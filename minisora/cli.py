@@ -44,7 +44,7 @@ def preset(
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=96, depth=4, heads=2, patch=(1, 4, 4), text_width=64),
-                 batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=3000, muon=4., save_every=500),
+                 batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=12_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "pairs":  # images: what two sprites ask of language (whose color, which side) is in every frame, a clip has three times the tokens and 17 times the pixels
         return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=128, depth=4, heads=4, text_width=64, text_depth=2),  # two blocks of text: color to shape, both to their side
