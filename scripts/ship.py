@@ -36,8 +36,7 @@ def main(run, name, device):
     command = model.card["command"] + " --bf16"*("--bf16" not in model.card["command"] and any(s.get("recipe", {}).get("bf16") is True for s in stages.values()))
     model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, command=command, **total)
     about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=command, stages=stages)
-    core.write_atomic(table, json.dumps(about) + "
-")
+    core.write_atomic(table, json.dumps(about) + "\n")
     print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")
 
 
