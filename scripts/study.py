@@ -118,7 +118,7 @@ def levels(
     bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
     def train(steps):
         p.dit_recipe = replace(p.dit_recipe, steps=steps, warmup=min(100, steps//4), compile=core.at_scale(test=False, cpu=steps >= 2000, gpu=True), bf16=bf16, save_every=steps)
-        with tempfile.TemporaryDirectory() as out: return cli.train_sora(p, cli.Captioned(WorldClips(World(**p.world))), out, seed)
+        with tempfile.TemporaryDirectory() as out: return cli.train_sora(p, WorldClips(World(**p.world), dict.fromkeys(p.captions, 1)), out, seed)
     steps = max(2, round(tflop*1e12/train(1).card["flops"]))
     model = train(steps)
     world, scenes, pictures, said = _tiny()
