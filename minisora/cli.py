@@ -51,7 +51,7 @@ def preset(
                  batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=1500, muon=4., save_every=500),
                  shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16, frames=1))
     return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
-             batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=16_000, muon=4., save_every=1000),
+             batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=14_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
 
 # %% ../nbs/60_cli.ipynb #54f5c69e
@@ -213,13 +213,14 @@ def card_of(name):                                    # shipped name, folder or 
     try: return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError): return {}
 
-def load_sora(name, device=None):                     # as Sora.from_pretrained; device None: the best there is
-    "A Sora whose world is the one that this version draws."
+def load_sora(name, device=None, as_is=False):        # as Sora.from_pretrained; device None: the best there is; prompts as they are
+    "A Sora whose world is the one that this version draws; one trained on captions that say all has prompts told in full."
     from minisora import core, world
     from minisora.sora import Sora
     model = Sora.from_pretrained(name, str(core.device(device)))
     if model.card.get("data") == "world" and model.card.get("world") != world.VERSION:
         raise ValueError(f"{name} was trained on world {model.card.get('world')!r}, this is world {world.VERSION!r}: train it again, or install the minisora that made it")
+    if "pixels" in model.card.get("captions", ()) and not as_is: model.detail = world.World(**model.card["scenes"]).detail
     return model
 
 # %% ../nbs/60_cli.ipynb #8a5efcc1
@@ -255,7 +256,7 @@ def sample(args):
     for name in ("height", "width"):
         if (getattr(args, name) or 0) % patch: raise ValueError(f"--{name} is {getattr(args, name)}: expected a multiple of {patch}, the patch of {args.weights}")
     from minisora.data import write_clip
-    clips = draw(load_sora(args.weights, args.device), prompts, [args.seed + k for k in range(len(prompts))], frames=args.frames, height=args.height, width=args.width,
+    clips = draw(load_sora(args.weights, args.device, args.as_is), prompts, [args.seed + k for k in range(len(prompts))], frames=args.frames, height=args.height, width=args.width,
                  steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler, negative=args.negative)
     clips = clips.repeat_interleave(args.scale, -1).repeat_interleave(args.scale, -2)
     for file, clip in zip(files, [tile(clips)] if args.grid else clips):
@@ -276,7 +277,7 @@ def train(args):
     if p.pool is None and args.data != "world": raise ValueError(f"--data is {args.data}, but {args.preset} learns all scenes of a world that can be listed: expected world")
     world, device = World(**p.world), core.device(args.device)
     data = WorldClips(world, LEVELS if p.pool else dict.fromkeys(p.captions, 1)) if args.data == "world" else open_data(args.data, world.frames, world.size, unsaid=LEVELS["none"])
-    facts = dict(data="world", world=VERSION, scenes=p.world) if args.data == "world" else dict(data="folder", clips=len(data))
+    facts = dict(data="world", world=VERSION, scenes=p.world, captions=[*data.levels] if p.pool else []) if args.data == "world" else dict(data="folder", clips=len(data))
     if args.data != "world": p.pool = min(p.pool, 8*len(data))
     given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "lr", "save_every", "seed")}
     if args.data != "world": given["data"] = "FOLDER"
@@ -316,9 +317,9 @@ def evaluate(args):
     import torch
     from minisora import core
     from minisora.world import NAMED, VERSION, World, grade, physics, read
-    model = load_sora(args.weights, args.device)
+    model = load_sora(args.weights, args.device, args.as_is)
     if model.card.get("data") != "world": raise ValueError(f"{args.weights} was not trained on the sprite world: nothing here can grade its clips")
-    world, result = World(**model.card.get("scenes", {})), {}
+    world, result, told = World(**model.card.get("scenes", {})), {}, "" if model.detail else ", as they are"
     for split in args.split or ("train", "heldout")[:1 + world.reserve]:
         rows, chance, laws, starts = [], [], [], ([], [], [])
         for seed in range(args.seed, args.seed + args.seeds):
@@ -333,17 +334,17 @@ def evaluate(args):
         if laws: table["physics"] = spread(laws)
         drawn, true, twin = (torch.cat(s) for s in starts)
         result[split] = dict(rates=table, starts=variation(drawn, true, world.size), starts_floor=variation(twin, true, world.size))
-        print(f"{args.weights}: {args.seeds} x {args.n} {'held-out' if split == 'heldout' else 'unseen'} prompts of level {args.level}, percent right [95%]")
+        print(f"{args.weights}: {args.seeds} x {args.n} {'held-out' if split == 'heldout' else 'unseen'} prompts of level {args.level}{told or ', told in full'}, percent right [95%]")
         for k, (rate, low, high) in table.items(): print(f"  {k:14}{rate:6.1f}  [{low:5.1f}, {high:5.1f}]")
         print(f"  {'starts':14}{result[split]['starts']:6.2f}  total variation from the world's; the world from itself {result[split]['starts_floor']:.2f}", flush=True)
         for k, goal in dict(all=90 if split == "train" else 80, physics=95).items() if args.record else ():
             if k not in table: continue
             rate, *ci = table[k]
-            core.record(claim=17, metric=f"{'all attributes right' if k == 'all' else 'clips that obey physics'}, {'held-out' if split == 'heldout' else 'unseen'} {args.level} prompts (%)",
+            core.record(claim=17, metric=f"{'all attributes right' if k == 'all' else 'clips that obey physics'}, {'held-out' if split == 'heldout' else 'unseen'} {args.level} prompts{told} (%)",
                         value=rate, ci=tuple(ci), kind="graded proportion over prompts and sampling seeds", n=args.n*args.seeds, seeds=args.seeds,
                         floor=table["all by chance"][0] if k == "all" else None, notebook="41_sora", world=VERSION,
                         verdict="holds" if rate >= goal else "holds in part" if rate >= goal/2 else "not at this scale")
-    if args.json: core.write_atomic(args.json, json.dumps(dict(weights=args.weights, level=args.level, n=args.n, seeds=args.seeds, world=VERSION, splits=result), indent=1) + "\n")
+    if args.json: core.write_atomic(args.json, json.dumps(dict(weights=args.weights, level=args.level, detail=not told, n=args.n, seeds=args.seeds, world=VERSION, splits=result), indent=1) + "\n")
 
 # %% ../nbs/60_cli.ipynb #a8325652
 PAGE = Template("""<!DOCTYPE html>
@@ -415,7 +416,7 @@ def demo(args):
     from minisora.data import Folder, write_clip
     from minisora.train import read_log
     from minisora.world import World, grade, read
-    model = load_sora(args.weights, args.device)
+    model = load_sora(args.weights, args.device, args.as_is)
     world, body = World(**model.card.get("scenes", {})), []
     show = lambda: core.write_atomic(index, PAGE.substitute(body="\n".join(body)))
     def put(clip, name):
@@ -479,6 +480,7 @@ def parser():
         add("--weights", default="t2v", help="shipped name, run folder or .safetensors file")
         add("--device", type=device_name, help="cpu, cuda or mps (default: the best there is)")
         add("--seed", type=seed, default=0, help="clip k uses seed + k (default: 0)")
+        add("--as-is", action="store_true", help="draw a prompt as it is, without telling first what it leaves open")
         if steps: add("--steps", type=count, help="of the sampler (default: the model's)")
         if steps: add("--cfg-scale", type=scale, help="how strongly the prompt counts; 1: no guidance (default: the model's)")
     add = command("sample", sample, "draw clips for prompts")

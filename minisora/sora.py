@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import nn
 
 import minisora
@@ -59,8 +60,9 @@ class Sora(nn.Module):
         super().__init__()
         if dit.config.channels != vae.config.channels: raise ValueError(f"dit has {dit.config.channels} channels, vae {vae.config.channels}: expected the same")
         self.dit, self.vae, self.tokenizer, self.card, self._said = dit, vae, tokenizer, dict(card or {}), set()
+        self.detail = None                                                    # (prompts, seeds) -> the prompts told in full, such as World().detail
         self.register_buffer("mean", torch.zeros(vae.config.channels, 1, 1))  # of the latents, by channel
-        self.register_buffer("std", torch.ones(()))                           # one for all: keeps the order from coarse to fine
+        self.register_buffer("std", torch.eye(vae.config.channels))           # square root of their covariance: a quiet channel may say what a loud one does not
 
     @property
     def device(self): return self.std.device
@@ -68,18 +70,20 @@ class Sora(nn.Module):
     @torch.no_grad()
     def measure(self, clips):       # (b f c h w): a few hundred
         "Set the latents' mean and spread from clips."
-        z = self.vae.encode(clips)[0]
-        self.mean.copy_(z.mean((0, 1, 3, 4))[:, None, None]); self.std.copy_((z - self.mean).pow(2).mean().sqrt())
+        z = rearrange(self.vae.encode(clips)[0], "b f c h w -> c (b f h w)")
+        self.mean.copy_(z.mean(1)[:, None, None])
+        spread, axes = torch.linalg.eigh(z.cov().cpu())
+        self.std.copy_(axes @ (spread.clamp(min=1e-8).sqrt()[:, None]*axes.T))
 
     @torch.no_grad()
     def latents(self, clips):       # (b f c h w) in [-1, 1]
-        "What the DiT sees: (b lf c lh lw), centred, of spread 1."
-        return (self.vae.encode(clips)[0] - self.mean)/self.std
+        "What the DiT sees: (b lf c lh lw), its channels centred, uncorrelated, of spread 1."
+        return torch.einsum("ij,bfjhw->bfihw", self.std.inverse(), self.vae.encode(clips)[0] - self.mean)
 
     @torch.no_grad()
     def clips(self, latents):       # (b lf c lh lw)
         "The reverse of `latents`: (b f c h w) in [-1, 1]."
-        return self.vae.decode(latents*self.std + self.mean).clamp(-1, 1)
+        return self.vae.decode(torch.einsum("ij,bfjhw->bfihw", self.std, latents) + self.mean).clamp(-1, 1)
 
     def loss(self, latents, eps, t, text):   # (b lf c lh lw) both, (b), (b l) ids
         "Velocity error of the DiT at given noise and times (Lipman 2022, 2210.02747), where little noise is left weighted as the error of x0 (min-SNR, [Hang 2023](https://arxiv.org/abs/2303.09556))."
@@ -125,7 +129,8 @@ class Sora(nn.Module):
         pf, was = self.vae.config.frames, self.training
         shape = self.vae.latent_shape(1 + -(-(frames - 1)//pf)*pf, s["height"], s["width"])
         noise = torch.stack([torch.randn(shape, generator=core.generator(k)) for k in seeds]).to(self.device)
-        text, null = self.ids(prompts), self.ids([negative])
+        text, null = self.ids(prompts), self.ids([negative])                  # unknown words are said here
+        if self.detail: text = self.ids(self.detail(prompts, seeds))
         model = guide(lambda xt, t, text: self.dit(xt, t, text), s["cfg_scale"], dict(text=null))
         self.eval()
         try: return self.clips(SAMPLERS[s["sampler"]](model, noise, steps=s["steps"], shift=s["shift"], progress=progress, text=text))[:, :frames]
@@ -163,6 +168,7 @@ class Sora(nn.Module):
         if vae_card.get("sha256") != card.get("vae_sha256"): raise core.UserError(f"{vae_file(path)} is not the VAE that {path.name} was trained with: copy both again")
         try:
             model = cls(DiT(DiTConfig(**card["dit"])), Pixels() if pixels else PatchVAE(VAEConfig(**card["vae"])), Tokenizer(card["words"]), card)
+            if tensors["std"].ndim == 0: tensors["std"] = tensors["std"]*torch.eye(len(tensors["mean"]))      # as minisora 0.1 kept it: one for all channels
             model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in (tensors | {f"vae.{k}": v for k, v in parts.items()}).items()})
         except (KeyError, TypeError, RuntimeError) as e: raise core.UserError(f"{path} does not fit its card: {str(e).splitlines()[0]}") from None
         return model.to(core.device(device) if device else "cpu").eval()

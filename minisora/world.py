@@ -8,7 +8,7 @@ __all__ = ['VERSION', 'SHAPES', 'COLORS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'D
            'FIELDS', 'CHOICES', 'TABLES', 'SPLITS', 'SYNONYMS', 'VERBS', 'ACTS', 'ON', 'BESIDE', 'FILLERS', 'PHRASES',
            'CENTROID', 'BLURS', 'distance', 'Scenes', 'reserved', 'World', 'twins', 'keep', 'sample', 'scene', 'tones',
            'stamp', 'palette', 'render', 'caption', 'entropy', 'enumerate_scenes', 'asked', 'parse', 'paraphrase',
-           'centroid', 'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
+           'detail', 'centroid', 'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
 
 # %% ../nbs/02_world.ipynb #7e4d22be
 import itertools, math, random, re
@@ -206,6 +206,7 @@ class World:
     def paraphrase(self, scenes: Scenes, generator=None) -> list[str]: return paraphrase(scenes, generator)
     def parse(self, text: str) -> dict: return parse(self, text)
     def asked(self, prompts: list[str]) -> Scenes: return asked(self, prompts)
+    def detail(self, prompts: list[str], seeds: list[int]) -> list[str]: return detail(self, prompts, seeds)
     def entropy(self, level: str, split: str = "train") -> float: return entropy(self, level, split)
 
 # %% ../nbs/02_world.ipynb #82f249f9
@@ -213,16 +214,20 @@ def twins(s):
     "The same scenes with the colors of the first two sprites swapped."
     return replace(s, color=torch.cat([s.color[:, :2].flip(1), s.color[:, 2:]], 1))
 
-def _draw(W, n, g):
-    "Every attribute on its own, a start where the rest allows one."
+def _draw(W, n, g, said=None):
+    "Every attribute on its own, a start where the rest allows one; `said`: one of `asked`, what is not free."
     S, pick = W.sprites, lambda k, *size: W.choices(k)[torch.randint(len(getattr(W, k)), (n, *size), generator=g)]
     shape, color, size, texture, motion = (pick(k, S) for k in ("shapes", "colors", "sizes", "textures", "motions"))
     path, layout = torch.randint(4, (n, S), generator=g), torch.tensor(W.layouts)[torch.randint(len(W.layouts), (n,), generator=g)]
     background = pick("backgrounds")
-    grain = (torch.rand(n, S, generator=g)*torch.tensor(list(TEXTURES.values()))[texture]).long()
-    s = Scenes(W, shape, color, size, texture, grain, motion, torch.where(motion == BOUNCE, path, 0), torch.zeros(n, S, 2), layout, background)
+    luck = torch.rand(n, S, generator=g)
+    s = Scenes(W, shape, color, size, texture, torch.full((n, S), -1), motion, path, torch.full((n, S, 2), -1.), layout, background)
+    if said is not None: s = Scenes(W, *(torch.where((v := getattr(said, k)) < 0, getattr(s, k), v) for k in FIELDS))
+    s.grain = torch.where(s.grain < 0, (luck*torch.tensor(list(TEXTURES.values()))[s.texture]).long(), s.grain)
+    s.path = torch.where(s.motion == BOUNCE, s.path, 0)
     lo, hi = W.starts(s)
-    s.start = lo + torch.floor(torch.rand(n, S, 2, generator=g)*((hi - lo)/W.grid + 1).clamp(min=1))*W.grid
+    free = lo + torch.floor(torch.rand(n, S, 2, generator=g)*((hi - lo)/W.grid + 1).clamp(min=1))*W.grid
+    s.start = torch.where(s.start < 0, free, s.start.minimum(hi).maximum(lo))
     return s
 
 SPLITS = "train", "heldout", "swap", "all"
@@ -579,6 +584,20 @@ def paraphrase(s: Scenes, generator: torch.Generator | None = None) -> list[str]
         if on: text = f"{on}, {text}" if p() < .2 else f"{text} {on}"
         case = p()
         out.append(text.upper() if case < .02 else text[0].upper() + text[1:] + "." * (case < .08) if case < .12 else text)
+    return out
+
+# %% ../nbs/02_world.ipynb #3b90c6d5
+def detail(W: World,
+    prompts: list[str],  # captions of any level, or free wording
+    seeds: list[int],  # one for each prompt: of what is drawn
+) -> list[str]:
+    "Prompts told in full; what they leave open is drawn from the world, where it can be from what training showed ([OpenAI 2024](https://openai.com/index/video-generation-models-as-world-simulators/) lets a language model do it)."
+    out, said = [], asked(W, prompts)
+    for prompt, seed, one in zip(prompts, seeds, (said[i] for i in range(len(said)))):
+        s = _draw(W, 256, torch.Generator().manual_seed(seed), one)
+        fits = next((k for split in ("train", "all") if len(k := keep(W, s, split).nonzero())), ())
+        known = any((getattr(one, k) >= 0).any() for k in ("shape", "color", "size", "texture", "motion", "background"))
+        out.append(caption(s[fits[0]], "pixels")[0] if known and len(fits) else prompt)
     return out
 
 # %% ../nbs/02_world.ipynb #4d3f2ca1

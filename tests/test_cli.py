@@ -314,6 +314,10 @@ def test_eval(run, tmp_path, capsys, monkeypatch):
     assert len(records) == 4 and {r["claim"] for r in records} == {17} and all(r["notebook"] == "41_sora" and r["n"] == 12 and r["world"] == world.VERSION for r in records)
     ok("eval", "--weights", run, "--n", 4, "--seeds", 1, "--level", "short", "--split", "heldout", "--steps", 1)
     assert "texture" not in capsys.readouterr().out
+    assert cli.load_sora(str(run)).detail and not cli.load_sora(str(run), as_is=True).detail      # it was trained on captions that say all
+    assert "told in full" in out and result["detail"]
+    ok("eval", "--weights", run, "--n", 4, "--seeds", 1, "--split", "train", "--steps", 1, "--as-is")
+    assert "as they are" in capsys.readouterr().out
 
 
 def test_a_perfect_model_is_graded_perfect(run, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import minisora
+from minisora import core
 from minisora.core import UserError, generator
 from minisora.dit import DiT
 from minisora.sora import Pixels, Sora, find_weights, vae_file
@@ -58,6 +59,33 @@ def test_prompts_guide(model):
     a, b, c = (model.generate("a red circle", seed=1, steps=4, cfg_scale=3., negative=n) for n in ("", "a blue star", "a red circle"))
     assert (a - b).abs().max() > 1e-4
     assert (c - model.generate("a red circle", seed=1, steps=4, cfg_scale=1.)).abs().max() < 1e-4    # led away from itself: nowhere
+
+
+def test_latents_are_white_and_come_back(model):
+    clips = World().render(World().sample(24, generator(1)))
+    kept = model.mean.clone(), model.std.clone()
+    model.measure(clips)
+    z = model.latents(clips).detach()
+    assert z.mean((0, 1, 3, 4)).abs().max() < 1e-4
+    assert (z.transpose(1, 2).transpose(0, 1).flatten(1).cov() - torch.eye(8)).abs().max() < 1e-3
+    assert (model.clips(z) - model.vae.decode(model.vae.encode(clips)[0]).clamp(-1, 1)).abs().max() < 1e-4
+    model.mean.copy_(kept[0]); model.std.copy_(kept[1])
+
+
+def test_one_spread_for_all_channels_still_loads(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tensors, card = core.load(tmp_path/"model.safetensors")
+    core.save(tmp_path/"model.safetensors", tensors | dict(std=torch.tensor(2.)), card)
+    assert torch.equal(Sora.from_pretrained(tmp_path).std, 2*torch.eye(8))
+
+
+def test_prompts_can_be_told_in_full(model):
+    full = World().detail(PROMPTS[:2], [5, 6])
+    direct = model.generate(full, steps=2, seed=5)
+    model.detail = World().detail
+    assert torch.equal(model.generate(PROMPTS[:2], steps=2, seed=5), direct)
+    model.detail = None
+    assert (model.generate(PROMPTS[:2], steps=2, seed=5) - direct).abs().max() > 1e-4
 
 
 def test_unknown_words_are_said_once_and_left_out(model):

@@ -168,6 +168,31 @@ def test_word_salad_is_no_failure(kind):
     assert len(W.asked(salads)) == 300 and all("unknown" in W.parse(t) for t in ("a red circle a blue square above", "above below left of", *salads))
 
 
+@pytest.mark.parametrize("kind", [dict(), dict(sprites=2), dict(frames=1)])
+def test_detail_keeps_what_was_asked_and_tells_the_rest(kind):
+    W = World(**kind)
+    s = W.sample(200, gen(20), "all")
+    for prompts in (W.caption(s, "short"), W.caption(s, "long"), W.caption(s, "full"), W.paraphrase(s, gen(21))):
+        told = W.detail(prompts, range(200))
+        said, full = W.asked(prompts), W.asked(told)
+        for k in w.FIELDS: assert ((getattr(said, k) < 0) | (getattr(said, k) == getattr(full, k))).all(), k
+        assert all((getattr(full, k) >= 0).all() for k in ("shape", "color", "size", "texture", "background", "start"))
+        assert told == W.detail(prompts, range(200)) and told != W.detail(prompts, range(1, 201))
+        assert W.detail(prompts[7:8], [7]) == told[7:8]                                            # whatever its neighbours
+    assert W.detail(W.caption(s, "pixels"), range(200)) == W.caption(s, "pixels")
+    assert W.detail(["", "xyzzy"], [0, 1]) == ["", "xyzzy"]
+
+
+def test_detail_draws_as_the_world_does():
+    W = World()
+    full = W.asked(W.detail(["a red square"]*300, range(300)))
+    for k, n in (("texture", 3), ("background", 3), ("size", 3)):
+        share = getattr(full, k).flatten().bincount(minlength=n)/300
+        assert (share - 1/n).abs().max() < .1, k
+    assert w.keep(W, full, "train").all()
+    assert W.detail(["a spinning circle"], [0]) == ["a spinning circle"]                           # the world has none
+
+
 # -- entropy and enumeration --------------------------------------------------------------------------------------------
 
 def test_entropy_grows_and_matches_counting():
