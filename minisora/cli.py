@@ -51,10 +51,10 @@ def preset(
         return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=128, depth=4, heads=4, text_width=64, text_depth=2),  # two blocks of text: color to shape, both to their side
                  batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=1500, muon=4., save_every=500),
                  shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16, frames=1))
-    if name == "dalle":  # codes of 4x4 pixels; half of the captions say where, and which grain: what a token is follows from them
+    if name == "dalle":  # k-means of 4x4 patches, no network; nearly half of the captions say where and which grain, from which every code follows
         return N(kind="dalle", names=("VQ", "GPT"), levels=dict(pixels=.35, full=.10, long=.22, paraphrase=.13, medium=.05, short=.05, none=.10),
-                 world=dict(frames=1), vae=dict(codes=1024, channels=48, width=128, encoder=0, decoder=2, heads=4), dit=dict(width=128, depth=6, heads=4),
-                 batch=64, dit_batch=64, pool=80_000, captions=4, vae_recipe=Recipe(steps=800, lr=1e-3, ema=.99, save_every=200), dit_recipe=Recipe(steps=2400, muon=4., save_every=200),
+                 world=dict(frames=1), vae=dict(codes=3072, channels=48, width=48, encoder=0, decoder=0), dit=dict(width=128, depth=6, heads=4),
+                 batch=0, dit_batch=64, pool=80_000, captions=4, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., save_every=150),
                  sampling=dict(cfg_scale=2.))
     return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=16_000, muon=4., save_every=1000),
@@ -137,7 +137,7 @@ def train_dalle(
     hook=None,       # (Dalle) -> dict to be logged, with every checkpoint of the GPT
     vq=None,         # a trained VQVAE, which makes the first stage unnecessary
 ):
-    "Both stages: the VQ on images, then the GPT on captions and codes; writes `out`/model.safetensors and returns the Dalle."
+    "Both stages: the VQ on images, by k-means and, where the preset says so, by gradients; then the GPT on captions and codes; writes `out`/model.safetensors and returns the Dalle."
     from dataclasses import replace
     import torch
     from tqdm.auto import tqdm
@@ -150,10 +150,12 @@ def train_dalle(
     facts, flops, steps = dict(facts or {}, seed=seed, vq=p.vae, gpt=p.dit), 0, [0, p.dit_recipe.steps]
     if vq is None:
         torch.manual_seed(seed)                                       # the network's first values
-        g, vq, steps[0] = core.generator(seed + 1), VQVAE(VQConfig(**p.vae)), p.vae_recipe.steps
-        start_from_patches(vq, source.batch(g, min(p.pool, 1000), captions=0)["clips"], g)
-        vq.to(device)                                                 # never in bf16: which code is nearest is a matter of small differences
-        flops = fit(vq, vq.loss, lambda g: dict(clips=source.batch(g, p.batch, captions=0)["clips"]), replace(p.vae_recipe, seed=seed, bf16=False), out/"vq", resume, facts, name="vq")["flops"]
+        g, vq = core.generator(seed + 1), VQVAE(VQConfig(**p.vae))
+        flops = core.flops(lambda: start_from_patches(vq, source.batch(g, min(p.pool, 2000), captions=0)["clips"], g))
+        vq.to(device)
+        if p.vae_recipe:                                              # never in bf16: which code is nearest is a matter of small differences
+            steps[0] = p.vae_recipe.steps
+            flops += fit(vq, vq.loss, lambda g: dict(clips=source.batch(g, p.batch, captions=0)["clips"]), replace(p.vae_recipe, seed=seed, bf16=False), out/"vq", resume, facts, name="vq")["flops"]
     vq.requires_grad_(False).eval()
     words = Tokenizer.from_texts(texts := source.texts(seed))
     lengths = words.encode(texts)[1].sum(1)
@@ -343,7 +345,7 @@ def train(args):
     print(f"{args.preset}: {PRESETS[args.preset]}")
     print(f"data    {args.data}: " + (f"version {VERSION}, made as needed" if args.data == "world" else f"{len(data)} clips with captions, {len(data.bad)} complaints")
           + f"; {world.frames} frames of {world.size}x{world.size}, batches of {p.batch} ({names[0]}) and {p.dit_batch} ({names[1]}), {p.pool or 'all'} clips for the {names[1]} with captions: {p.captions}")
-    for name, config, recipe in zip(names, (p.vae, p.dit), (p.vae_recipe, p.dit_recipe)): print(f"{name.lower():7} {config or 'as its defaults'}\n        {recipe}" if recipe else f"{name:7} none: pixels as they are")
+    for name, config, recipe in zip(names, (p.vae, p.dit), (p.vae_recipe, p.dit_recipe)): print(f"{name.lower():7} {config or 'as its defaults'}\n        {recipe or 'k-means, no steps of its own'}" if config is not None else f"{name:7} none: pixels as they are")
     print(f"run     {out}, seed {args.seed}, on {device}", flush=True)
     if args.resume and (out/"model.json").is_file():
         done = card_of(out).get("command")
