@@ -55,7 +55,7 @@ def preset(
         return N(kind="dalle", names=("VQ", "GPT"), levels=dict(pixels=.35, full=.10, long=.22, paraphrase=.13, medium=.05, short=.05, none=.10),
                  world=dict(frames=1), vae=dict(codes=3072, channels=48, width=48, encoder=0, decoder=0), dit=dict(width=128, depth=6, heads=4),
                  batch=0, dit_batch=64, pool=80_000, captions=4, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., save_every=150),
-                 sampling=dict(cfg_scale=2.))
+                 sampling=dict(cfg_scale=2., temperature=.25))
     return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=160_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=16_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16))
