@@ -61,7 +61,8 @@ class GPT(nn.Module):
         reduction="mean",  # or "none": (b n-1)
     ):  # nats a predicted token
         "-log p of each token after those before it."
-        return F.cross_entropy(self(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction=reduction)
+        each = F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)  # flat: strided is far slower
+        return each if reduction == "mean" else each.view(len(tokens), -1)
 
     @torch.no_grad()
     def generate(self,
@@ -69,9 +70,10 @@ class GPT(nn.Module):
         n,  # how many to add
         temperature=1., top_k=None, top_p=None,  # as in `choose`
         cache=True,  # keep keys and values instead of computing them again for each token
-        generator=None,
+        generator=None,  # one for all, or a list of one a row, which then does not depend on its neighbours
         cfg_scale=1., null=None,  # guidance: null is (b m) long, the same without its condition
         allowed=None,  # (vocab) bool: what may be drawn; None: all
+        progress=None,  # wraps the list of steps, e.g. tqdm
     ):  # (b m+n) long
         "Add tokens one by one, each drawn after all before it; guided as in [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598), in logits."
         if tokens.ndim != 2 or not tokens.shape[1]: raise ValueError(f"tokens is {tuple(tokens.shape)}: expected (b, m) with m from 1 up")
@@ -80,7 +82,7 @@ class GPT(nn.Module):
         if null is not None and null.shape != tokens.shape: raise ValueError(f"null is {tuple(null.shape)}: expected {tuple(tokens.shape)}, as tokens")
         seen = new = tokens if null is None else torch.cat([tokens, null])
         caches = [KVCache(tokens.shape[1] + n) for _ in self.blocks] if cache else None
-        for _ in range(n):
+        for _ in (progress or iter)(range(n)):
             logits = self.head(self.norm(self.states(new if cache else seen, caches)[-1][:, -1]))
             if null is not None:
                 with_, without = logits.chunk(2)
@@ -96,12 +98,13 @@ def choose(
     temperature=1.,  # below 1 bolder, above 1 wilder; 0 takes the likeliest
     top_k=None,  # only among so many likeliest tokens
     top_p=None,  # only among the likeliest tokens that together have this probability: the nucleus
-    generator=None,
+    generator=None,  # or a list of one a row
 ):  # (b) long
     "Draw a token of each row; nucleus sampling is [Holtzman et al. 2019](https://arxiv.org/abs/1904.09751)."
     if temperature < 0: raise ValueError(f"temperature is {temperature}: expected 0 or more")
     if top_k is not None and top_k < 1: raise ValueError(f"top_k is {top_k}: expected 1 or more")
     if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p is {top_p}: expected a number above 0, at most 1")
+    if isinstance(generator, (list, tuple)) and len(generator) != len(logits): raise ValueError(f"generator lists {len(generator)} for {len(logits)} rows: expected as many")
     if temperature == 0: return logits.argmax(-1)
     p = (logits.float()/temperature).softmax(-1)
     if top_k is not None: p = p*(p >= p.topk(min(top_k, p.shape[-1])).values[:, -1:])
@@ -109,4 +112,5 @@ def choose(
         ranked, order = p.sort(descending=True)
         before = (ranked.cumsum(-1) - ranked)/ranked.sum(-1, keepdim=True)  # what likelier tokens have already
         p = p*torch.zeros_like(p).scatter(1, order, (before < top_p).to(p))
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    rows = zip(p.split(1), generator) if isinstance(generator, (list, tuple)) else [(p, generator)]
+    return torch.cat([torch.multinomial(row, 1, generator=g)[:, 0] for row, g in rows])

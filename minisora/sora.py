@@ -33,7 +33,7 @@ def vae_file(path):       # m.safetensors → m-vae.safetensors
 
 def find_weights(name):   # a name in minisora/weights, a folder that save_pretrained wrote, or a .safetensors file
     "The file that a name, folder or file stands for."
-    shipped = sorted(f.stem for f in WEIGHTS.glob("*.safetensors") if not f.stem.endswith("-vae"))
+    shipped = sorted(f.stem for f in WEIGHTS.glob("*.safetensors") if not f.stem.endswith(("-vae", "-vq")))
     if str(name) in shipped: return WEIGHTS/f"{name}.safetensors"
     path = Path(name)
     if path.is_dir(): path = path/"model.safetensors"

@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 
 from minisora import bayes, cli, core
+from minisora.dalle import Dalle, DalleConfig, complete, start_from_patches
 from minisora.data import WorldClips
 from minisora.dit import DiT
 from minisora.flow import flow_loss, guide, sample_euler, sample_times
@@ -25,7 +26,8 @@ from minisora.information import LOGSNR, information, measure
 from minisora.sora import Sora
 from minisora.text import Tokenizer
 from minisora.train import Recipe, fit
-from minisora.world import LEVELS, VERSION, World, grade
+from minisora.vq import VQConfig, VQVAE
+from minisora.world import COLORS, LEVELS, SHAPES, VERSION, World, grade, read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -129,10 +131,69 @@ def levels(
                 right={k: round(v, 2) for k, v in right_pictures(model, n, seed).items()})
 
 
+# --- abilities (claim 2, chapter 12): DALL·E over two sprites, by size: what it can bind
+
+WIDTHS = {16: 1, 32: 2, 64: 3, 128: 4}  # width: depth
+
+
+@lru_cache
+def _pairs():
+    "What every point shares: a world of two plain sprites, a codebook of its patches, codes and captions of many scenes."
+    world = World(frames=1, sprites=2, textures=("plain",))
+    source = WorldClips(world, dict(long=.5, paraphrase=.2, short=.2, none=.1))
+    pool = source.batch(core.generator(0), core.at_scale(test=40, cpu=16_000, gpu=64_000), captions=2)
+    torch.manual_seed(0)
+    vq = VQVAE(VQConfig(codes=core.at_scale(test=16, cpu=768, gpu=768), channels=48, width=48, encoder=0, decoder=0))
+    start_from_patches(vq, pool["clips"][:2000], core.generator(0))
+    words = Tokenizer.from_texts(texts := source.texts())
+    config = DalleConfig(len(words.words), vq.quantizer.codes, int(words.encode(texts)[1].sum(1).max()) + 2)
+    dalle = Dalle(config, vq.requires_grad_(False).eval(), words)
+    codes = torch.cat([dalle.tokens(x) for x in pool["clips"].split(200)])
+    return SimpleNamespace(world=world, dalle=dalle, codes=codes, ids=dalle.ids([c for row in pool["captions"] for c in row]).view(len(codes), 2, -1))
+
+
+def abilities(
+    width,  # of the GPT, depth as in WIDTHS
+    seed,  # of weights, batches and prompts
+):
+    "Train for the same steps at every size; percent of drawn pictures with each skill, from one attribute to all of two sprites, and to pictures that no training picture is like."
+    d, n, batch, steps = _pairs(), core.at_scale(test=8, cpu=256, gpu=512), core.at_scale(test=4, cpu=64, gpu=128), core.at_scale(test=2, cpu=600, gpu=4000)
+    torch.manual_seed(seed)
+    model = Dalle(replace(d.dalle.config, width=width, depth=WIDTHS[width], heads=max(1, width//32)), d.dalle.vq, d.dalle.tokenizer).to(core.device())
+    def draw(g):
+        i, k = torch.randint(len(d.codes), (batch,), generator=g), torch.randint(2, (batch,), generator=g)
+        return dict(text=d.ids[i, k], tokens=d.codes[i])
+    bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+    recipe = Recipe(steps=steps, warmup=min(50, steps), muon=4., ema=.99, seed=seed, bf16=bf16, compile=core.at_scale(test=False, cpu=width >= 64, gpu=True))
+    run = fit(model.gpt, model.loss, draw, recipe, name=f"width {width}, seed {seed}")
+
+    def drawn(prompts, seed): return torch.cat([model.generate(prompts[i:i + 64], seed=seed + i) for i in range(0, len(prompts), 64)]).cpu()
+    test, held = (d.world.sample(n, core.generator(2**40 + seed), split) for split in ("train", "heldout"))
+    by = grade(drawn(d.world.caption(test), 10_000*seed), test).by
+    skills = {"background": by["background"], "two colors": by["color"], "colors of shapes": by["color"] & by["shape"], "colors of shapes, in their places": by["color"] & by["shape"] & by["relation"],
+              "all of two sprites": torch.stack(list(by.values())).all(0), "all of two sprites, held-out": grade(drawn(d.world.caption(held), 10_000*seed + 5000), held).right}
+    # the cat on top as a sketch below: the upper sprite is given, the lower is to be the same in another color, though no training picture shows one shape twice
+    above = d.world.sample(12*n, core.generator(2**40 + 7 + seed))
+    above = above[(above.layout == 2).nonzero()[:n//2, 0]]
+    shape, color = SHAPES, list(COLORS)
+    a = above
+    prompts = [[f"a {color[c0]} {shape[s0]} above a {color[c1]} {what}" for c0, c1, s0 in zip(a.color[:, 0].tolist(), a.color[:, 1].tolist(), a.shape[:, 0].tolist()) for what in [shape[s0] if named else "shape"]] for named in (True, False)]
+    for name, texts in zip(("(the same shape below, named)", "(the same shape below, unnamed)"), prompts):
+        pictures = torch.cat([complete(model, d.world.render(a[i:i + 64]).to(model.device), texts[i:i + 64], seed=seed) for i in range(0, len(a), 64)]).cpu()
+        r = read(pictures, world=d.world)
+        low = r["track"][:, :2, :, 1].mean(2).argmax(1)[:, None]
+        ok = r["color"][:, :2].gather(1, low)[:, 0] == a.color[:, 1]
+        skills |= {name: ok & (r["shape"][:, :2].gather(1, low)[:, 0] == a.shape[:, 0])}
+        if name.endswith("unnamed)"): skills["(its color, shape unnamed)"] = ok
+    return dict(steps=steps, batch=batch, flops=run["flops"], parameters=core.num_params(model.gpt), loss=sum(run["losses"][-50:])/len(run["losses"][-50:]), n=n, pairs=len(a), bf16=bf16, compiled=run["compiled"],
+                skills={k: round(100*v.float().mean().item(), 2) for k, v in skills.items()})
+
+
 def points():
     "Name → function and its points, in the order in which they run: one seed of everything first."
     budgets = core.at_scale(test=(.001,), cpu=(2, 8, 32), gpu=(32, 128, 512))
     return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]),
+                abilities=(abilities, [dict(width=w, seed=seed) for seed in (0, 1, 2) for w in core.at_scale(test=(16,), cpu=tuple(WIDTHS), gpu=(*WIDTHS,))]),
                 levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]))
 
 

@@ -71,6 +71,22 @@ def test_guidance_in_logits(gpt):
     assert set(draw(allowed=torch.arange(23) < 4)[:, 5:].unique().tolist()) <= {0, 1, 2, 3}
 
 
+def test_a_generator_a_row_makes_rows_independent(gpt):
+    text, steps = prompt(3), []
+    draw = lambda rows, **kw: gpt.generate(text[rows], 12, generator=[generator(7 + k) for k in rows], **kw)
+    together = draw([0, 1, 2], progress=lambda grid: [steps.append(k) or k for k in grid])
+    assert steps == [*range(12)] and all(torch.equal(together[k:k + 1], draw([k])) for k in range(3))
+    assert torch.equal(draw([1]), gpt.generate(text[1:2], 12, generator=generator(8)))                  # one row: a list is nothing new
+    with pytest.raises(ValueError, match="generator lists 2 for 3 rows"): choose(torch.zeros(3, 4), generator=[generator(0)]*2)
+
+
+def test_loss_by_token_is_the_mean_s_parts(gpt):
+    tokens = prompt(3)
+    each, logp = gpt.loss(tokens, "none"), gpt(tokens[:, :-1]).log_softmax(-1)
+    assert each.shape == (3, tokens.shape[1] - 1) and torch.allclose(each.mean(), gpt.loss(tokens))
+    assert torch.allclose(each, -logp.gather(2, tokens[:, 1:, None])[..., 0], atol=1e-6)
+
+
 def test_birth_and_counts():
     torch.manual_seed(0)
     model = GPT(64, 64, 2, 4, 32)
