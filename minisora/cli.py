@@ -225,6 +225,7 @@ def watch(source, out, n=36):                         # of `train_sora`, folder,
     scenes = source.world and source.world.sample(n, generator(2**40))
     prompts = source.world.caption(scenes) if source.world else source.texts()[:n]
     def look(model):
+        if source.world and "pixels" in source.levels: model.detail = source.world.detail          # as `sample` will
         clips = draw(model, prompts, [*range(len(prompts))], quiet=True)
         write_clip(tile(clips), Path(out)/"samples.webp")
         return {k: round(r.rate, 4) for k, r in grade(clips, scenes).rates.items()} if scenes else {}
