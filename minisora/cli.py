@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'LEVELS', 'FORMATS', 'SAMPLER_NAMES', 'PAGE', 'WORDING', 'preset', 'train_sora', 'adjusted', 'tile', 'draw',
            'watch', 'Parser', 'number', 'device_name', 'check_place', 'place', 'card_of', 'load_sora', 'targets',
-           'sample', 'train', 'spread', 'variation', 'evaluate', 'cards', 'notes', 'curve', 'demo', 'ledger', 'parser',
-           'main']
+           'sample', 'train', 'train_on', 'spread', 'variation', 'evaluate', 'cards', 'notes', 'curve', 'demo',
+           'ledger', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f6518086
 import argparse, html, json, math, os, re, sys, warnings
@@ -68,6 +68,7 @@ def train_sora(
     facts=None,      # dict for the card: data, world …
     hook=None,       # (Sora) -> dict to be logged, with every checkpoint of the DiT
     vae=None,        # a trained PatchVAE, which makes the first stage unnecessary
+    shard=False,     # see fit
 ):
     "Both stages: the VAE on clips, then the DiT on its latents; writes `out`/model.safetensors and returns the Sora."
     from dataclasses import replace
@@ -78,7 +79,7 @@ def train_sora(
     from minisora.information import eps_loss, times
     from minisora.sora import Pixels, Sora
     from minisora.text import Tokenizer
-    from minisora.train import fit
+    from minisora.train import fit, rank
     from minisora.vae import PatchVAE, VAEConfig
     device, out = core.device(device), Path(out)
     facts, flops, steps = dict(facts or {}, seed=seed, vae=p.vae, dit=p.dit), 0, [0, p.dit_recipe.steps]
@@ -90,7 +91,7 @@ def train_sora(
         def clips(g):
             x = source.batch(g, p.batch, captions=0)["clips"]
             return dict(clips=x, eps=torch.randn(len(x), *vae.latent_shape(x.shape[1], *x.shape[-2:]), generator=g))
-        flops = fit(vae, lambda clips, eps: vae.loss(clips, eps, p.rate), clips, replace(p.vae_recipe, seed=seed), out/"vae", resume, facts, name="vae")["flops"]
+        flops = fit(vae, lambda clips, eps: vae.loss(clips, eps, p.rate), clips, replace(p.vae_recipe, seed=seed), out/"vae", resume, facts, name="vae", shard=shard)["flops"]
     vae.requires_grad_(False)
     # the DiT's data: latents of many clips, each with several captions, made once
     g, z, captions, model = core.generator(seed + 1), [], [], None
@@ -115,8 +116,8 @@ def train_sora(
         t = times(p.dit_batch, g) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
         return dict(latents=z[i].float(), eps=torch.randn(p.dit_batch, *z.shape[1:], generator=g), t=t, text=ids[i, k].long())
     bits = lambda latents, eps, t, text: eps_loss(model.dit, latents, t, eps, text=text)      # in pixels the loss counts bits: chapter 33
-    two = fit(model.dit, bits if pixels else model.loss, latents, replace(p.dit_recipe, seed=seed), out/"dit", resume, facts, hook and (lambda i, _: hook(model)), name="dit")
-    model.save_pretrained(out, flops=flops + two["flops"], steps=steps, compiled=two["compiled"])
+    two = fit(model.dit, bits if pixels else model.loss, latents, replace(p.dit_recipe, seed=seed), out/"dit", resume, facts, hook and (lambda i, _: hook(model)), name="dit", shard=shard)
+    if not rank()[0]: model.save_pretrained(out, flops=flops + two["flops"], steps=steps, compiled=two["compiled"])
     return model
 
 # %% ../nbs/60_cli.ipynb #3909165c
@@ -264,17 +265,25 @@ def sample(args):
 
 # %% ../nbs/60_cli.ipynb #a7b935d0
 def train(args):
-    "Train a preset, or go on with it."
+    "Train a preset, or go on with it; started by torchrun, with the other ranks."
     out = Path(args.out)
     if args.data != "world" and not Path(args.data).is_dir(): raise ValueError(f"--data is {args.data!r}: expected world, or a folder of clips")
     if not args.resume and any(out.glob("*/step-*.json")): raise ValueError(f"{out} holds a run already: expected --resume, or another --out")
     check_place(out/"model.safetensors")
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1: raise ValueError("--shard splits a model over several devices: expected torchrun --nproc-per-node 2 (or more) -m minisora.cli train …")
+    from minisora import core
+    from minisora.train import ranks
+    with ranks(core.device(args.device)) as device: train_on(device, args, out)
+
+def train_on(device, args, out):                      # torch.device, of the command line, Path
+    "The training itself."
     from minisora import core
     from minisora.data import open_data, WorldClips
+    from minisora.train import rank
     from minisora.world import VERSION, World
     p = adjusted(preset(args.preset), args.steps, args.batch, args.lr, args.save_every, args.bf16)
     if p.pool is None and args.data != "world": raise ValueError(f"--data is {args.data}, but {args.preset} learns all scenes of a world that can be listed: expected world")
-    world, device = World(**p.world), core.device(args.device)
+    world = World(**p.world)
     data = WorldClips(world, LEVELS if p.pool else dict.fromkeys(p.captions, 1)) if args.data == "world" else open_data(args.data, world.frames, world.size, unsaid=LEVELS["none"])
     facts = dict(data="world", world=VERSION, scenes=p.world) if args.data == "world" else dict(data="folder", clips=len(data))
     if args.data != "world": p.pool = min(p.pool, 8*len(data))
@@ -286,14 +295,15 @@ def train(args):
     print(f"data    {args.data}: " + (f"version {VERSION}, made as needed" if args.data == "world" else f"{len(data)} clips with captions, {len(data.bad)} complaints")
           + f"; {world.frames} frames of {world.size}x{world.size}, batches of {p.batch} (VAE) and {p.dit_batch} (DiT), {p.pool or 'all'} clips for the DiT with captions: {p.captions}")
     for name, config, recipe in (("vae", p.vae, p.vae_recipe), ("dit", p.dit, p.dit_recipe)): print(f"{name:7} {config or 'as its defaults'}\n        {recipe}" if recipe else f"{name:7} none: pixels as they are")
-    print(f"run     {out}, seed {args.seed}, on {device}", flush=True)
+    me, n = rank()
+    print(f"run     {out}, seed {args.seed}, on {device}" + f" and its like: {n} ranks, {'sharded' if args.shard else 'replicated'}"*(n > 1), flush=True)
     if args.resume and (out/"model.json").is_file():
         done = card_of(out).get("command")
         if done != facts["command"]: raise ValueError(f"{out} is a finished run of `{done}`: expected the same, or another --out")
         print(f"finished already: {out/'model.safetensors'}")
         return
-    train_sora(p, data, out, args.seed, device, args.resume, facts, watch(data, out, 4 if args.preset == "tiny" else 36))
-    for left in out.glob(".*.tmp"): left.unlink(missing_ok=True)      # by a writer that was killed
+    train_sora(p, data, out, args.seed, device, args.resume, facts, watch(data, out, 4 if args.preset == "tiny" else 36), shard=args.shard)
+    for left in () if me else out.glob(".*.tmp"): left.unlink(missing_ok=True)      # by a writer that was killed
     print(f"finished: {out/'model.safetensors'}; minisora sample PROMPT --weights {out} --out clip.gif draws with it")
 
 # %% ../nbs/60_cli.ipynb #1efde7a1
@@ -506,6 +516,7 @@ def parser():
     add("--seed", type=seed, default=0, help="of all that is drawn at random (default: 0)")
     add("--device", type=device_name, help="cpu, cuda or mps (default: the best there is)")
     add("--resume", action="store_true", help="go on with the run in --out, or start it")
+    add("--shard", action="store_true", help="under torchrun: split the model over the ranks (FSDP) instead of copying it (DDP)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where CUDA has it)")
     add = command("eval", evaluate, "grade a model by the oracle of the sprite world")
     drawing(add)
