@@ -143,8 +143,9 @@ def read_log(folder) -> list[dict]:  # each has step and seconds; most have loss
     "The log of the run in `folder`; lines that a crash tore are left out."
     path, out = Path(folder) / "log.jsonl", []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError): out.append(json.loads(line))
-    return [entry for entry in out if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+        with suppress(ValueError, RecursionError): out.append(json.loads(line))
+    number = lambda x, kind: isinstance(x, kind) and abs(x) < 1e12
+    return [entry for entry in out if isinstance(entry, dict) and number(entry.get("step"), int) and number(entry.get("seconds", 0), int | float)]
 
 class Log:
     "Lines of JSON about a run, and how long it has trained: over all its sessions, without what its hooks took."
@@ -176,7 +177,9 @@ def only_here(folder):  # made if it is missing; None: nothing is held
     if folder is None: yield; return
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = (Path(folder) / ".lock").open("a")
+        lock = Path(folder) / ".lock"
+        if lock.exists() and not lock.is_file(): raise OSError(f"{lock} is no ordinary file")
+        file = lock.open("a")
     except OSError as e: raise core.UserError(f"cannot write to {folder}: {e.strerror or e}") from None
     with file:
         try: hold(file)
