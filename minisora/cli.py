@@ -572,7 +572,8 @@ def main(
     argv=None,  # list of str; None: the command line's
 ):  # exit code: 0, 2 for the user's mistake, 130 after Ctrl-C
     "Run one command."
-    say = lambda text: print("minisora:", " ".join(str(text).split()), file=sys.stderr)
+    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()             # a name must not write to the terminal
+    say = lambda text: print("minisora:", "".join(map(plain, " ".join(str(text).split()))), file=sys.stderr)
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # for terminals that know no é and no σ
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")

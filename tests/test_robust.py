@@ -280,7 +280,6 @@ def test_spoiled_checkpoints(half, tmp_path_factory, spoils):
     no_leftovers(folder)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): tensors = toy_run(folder)[1].state_dict()
     assert all(v.isfinite().all() for v in tensors.values())
-    if not any(how[0] == "card" for _, how in spoils) and contents(folder) == half[1]: assert True
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +482,7 @@ print(done, rounds + 1)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_the_command_killed_anywhere(tmp_path):
-    kills = 60 if LONG else 4
+    kills = 60 if LONG else 3
     done = in_a_child(KILLER, tmp_path, kills, *TRAIN)
     assert done.returncode == 0, done.stderr
     n, rounds = map(int, done.stdout.split())
