@@ -69,6 +69,7 @@ def train_sora(
     hook=None,       # (Sora) -> dict to be logged, with every checkpoint of the DiT
     vae=None,        # a trained PatchVAE, which makes the first stage unnecessary
     shard=False,     # see fit
+    aside=None,      # a source like the first, never trained on: its loss is logged with every checkpoint of the DiT
 ):
     "Both stages: the VAE on clips, then the DiT on its latents; writes `out`/model.safetensors and returns the Sora."
     from dataclasses import replace
@@ -115,8 +116,16 @@ def train_sora(
         i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(ids.shape[1], (p.dit_batch,), generator=g)
         t = times(p.dit_batch, g) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
         return dict(latents=z[i].float(), eps=torch.randn(p.dit_batch, *z.shape[1:], generator=g), t=t, text=ids[i, k].long())
+    @torch.no_grad()
+    def unseen():                                                 # always the same clips, captions, noise and times
+        g = core.generator(seed + 2)
+        batch = aside.batch(g, 64, captions=1)
+        known = model.latents(batch["clips"].to(device))
+        eps, t = torch.randn(known.shape, generator=g).to(device), flow.sample_times(len(known), p.shift, g).to(device)
+        return model.loss(known, eps, t, model.tokenizer.encode([text for text, in batch["captions"]])[0].to(device)).item()
+    see = lambda i, _: (hook(model) if hook else {}) | (dict(aside=unseen()) if aside else {})
     bits = lambda latents, eps, t, text: eps_loss(model.dit, latents, t, eps, text=text)      # in pixels the loss counts bits: chapter 33
-    two = fit(model.dit, bits if pixels else model.loss, latents, replace(p.dit_recipe, seed=seed), out/"dit", resume, facts, hook and (lambda i, _: hook(model)), name="dit", shard=shard)
+    two = fit(model.dit, bits if pixels else model.loss, latents, replace(p.dit_recipe, seed=seed), out/"dit", resume, facts, see if hook or aside else None, name="dit", shard=shard)
     if not rank()[0]: model.save_pretrained(out, flops=flops + two["flops"], steps=steps, compiled=two["compiled"])
     return model
 
@@ -258,7 +267,7 @@ def targets(args, prompts):                           # of `sample` -> list of P
         raise ValueError(f"--out is {out}: expected a name that ends in {' '.join(FORMATS)}, or a folder")
     elif args.grid: raise ValueError(f"--grid writes one clip, but --out is the folder {out}: expected a name that ends in {' '.join(FORMATS)}")
     else:
-        slug = lambda p: re.sub(r"[\W_]+", "-", p.lower()).strip("-")[:40] or "prompt"   # in bytes up to 160
+        slug = lambda p: re.sub(r"[\W_]+", "-", p.lower()).strip("-")[:60].encode()[:150].decode(errors="ignore") or "prompt"   # file names end at 255 bytes
         files = [out/f"{slug(p)}-seed-{args.seed + k}.gif" for k, p in enumerate(prompts)]
     there = next((f for f in files if f.exists()), None)
     if there and not args.force: raise ValueError(f"{there} exists: expected --force, or another --out")
@@ -310,14 +319,18 @@ def train_on(device, args, out):                      # torch.device, of the com
     "The training itself."
     from minisora import core
     from minisora.data import open_data, WorldClips
-    from minisora.train import rank
+    from minisora.train import rank, read_log
     from minisora.world import VERSION, World
     p = adjusted(preset(args.preset), args.steps, args.batch, args.lr, args.save_every, args.bf16)
     if p.pool is None and args.data != "world": raise ValueError(f"--data is {args.data}, but {args.preset} learns all scenes of a world that can be listed: expected world")
     world = World(**p.world)
     data = WorldClips(world, LEVELS if p.pool else dict.fromkeys(p.captions, 1)) if args.data == "world" else open_data(args.data, world.frames, world.size, unsaid=LEVELS["none"])
     facts = dict(data="world", world=VERSION, scenes=p.world) if args.data == "world" else dict(data="folder", clips=len(data))
-    if args.data != "world": p.pool = min(p.pool, 8*len(data))
+    aside = data.keep_aside(.1) if args.data != "world" and len(data) >= 20 else None
+    if args.data != "world":
+        p.pool = min(p.pool, 8*len(data))
+        print(data.table())
+    if aside: facts.update(clips=len(data), aside=len(aside))
     given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "lr", "save_every", "seed")}
     if args.data != "world": given["data"] = "FOLDER"
     facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None),
@@ -333,7 +346,10 @@ def train_on(device, args, out):                      # torch.device, of the com
         if done != facts["command"]: raise ValueError(f"{out} is a finished run of `{done}`: expected the same, or another --out")
         print(f"finished already: {out/'model.safetensors'}")
         return
-    train_sora(p, data, out, args.seed, device, args.resume, facts, watch(data, out, 4 if args.preset == "tiny" else 36), shard=args.shard)
+    train_sora(p, data, out, args.seed, device, args.resume, facts, watch(data, out, 4 if args.preset == "tiny" else 36), shard=args.shard, aside=aside)
+    if aside and (seen := [(l["aside"], l["step"]) for l in read_log(out/"dit") if "aside" in l]):
+        print(f"loss on {len(aside)} clips kept aside: {seen[0][0]:.4f} at step {seen[0][1]}, lowest {min(seen)[0]:.4f} at step {min(seen)[1]}, {seen[-1][0]:.4f} at the end"
+              + ("; from there on it learned its own clips by heart: fewer steps, or more clips" if seen[-1][0] > 1.05*min(seen)[0] else ""))
     for left in () if me else out.glob(".*.tmp"): left.unlink(missing_ok=True)      # by a writer that was killed
     print(f"finished: {out/'model.safetensors'}; minisora sample PROMPT --weights {out} --out clip.gif draws with it")
 

@@ -7,7 +7,7 @@ __all__ = ['MOST', 'IMAGES', 'VIDEOS', 'SUFFIXES', 'crop', 'rgb', 'moments', 'wr
            'WorldClips', 'open_data']
 
 # %% ../nbs/04_data.ipynb #a53b7a93
-import io, json, mimetypes, mmap, os, struct, sys, unicodedata, warnings
+import copy, hashlib, io, json, mimetypes, mmap, os, struct, sys, unicodedata, warnings
 from collections import OrderedDict
 from fractions import Fraction
 from importlib.util import find_spec
@@ -293,6 +293,25 @@ class Folder:
         if not self.items: self._nothing_left()
 
     def __len__(self): return len(self.items)
+
+    def keep_aside(self, share: float) -> "Folder":  # of its clips, chosen by the hash of their names: more files do not shuffle it
+        "Take clips out into a folder of their own, which training never sees."
+        order = sorted(self.items, key=lambda item: hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest())
+        other, out = copy.copy(self), {name for name, _ in order[: round(share * len(order))]}
+        other._cache, other._broken = OrderedDict(), set()
+        other.items, self.items = ([item for item in self.items if (item[0] in out) == k] for k in (True, False))
+        self._cache, self._broken = OrderedDict(), set()
+        return other
+
+    def table(self) -> str:  # a line for each kind of file
+        "What the folder holds, and what was passed over."
+        kinds = {}
+        for name, texts in self.items: kinds.setdefault(Path(name).suffix.lower(), []).append((self.path / name, texts))
+        lines = [f"{'kind':8}{'clips':>7}{'captions':>10}{'words each':>12}{'MB':>8}"]
+        for kind, found in sorted(kinds.items()):
+            texts = [text for _, each in found for text in each]
+            lines.append(f"{kind:8}{len(found):7}{len(texts):10}{sum(len(text.split()) for text in texts) / len(texts):12.1f}{sum(path.stat().st_size for path, _ in found if path.is_file()) / 1e6:8.1f}")
+        return "\n".join(lines + [f"passed over: {len(self.bad)}, each named above"] * bool(self.bad))
 
     def texts(self, seed: int = 0) -> list[str]:  # of all clips, whatever the seed
         "Every caption of the folder, for a tokenizer."
