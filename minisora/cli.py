@@ -226,11 +226,13 @@ def card_of(name):                                    # shipped name, folder or 
 def check_card(name):                                 # as of card_of
     "Refuse a card whose numbers its weights cannot have, before a network of that size is built: it would take hours, or all memory."
     import torch
+    from minisora import core
     from minisora.dit import DiT, DiTConfig
     from minisora.vae import PatchVAE, VAEConfig
     from minisora.world import World
-    card, path = card_of(name), Path(name)
-    file = next((f for f in (Path(minisora.__file__).parent/"weights"/f"{name}.safetensors", path/"model.safetensors", path) if f.is_file()), path)
+    from minisora.sora import find_weights
+    file = find_weights(name)
+    tensors, card = core.load(file)
     try:
         for part in ("dit", "vae", "sampling", "scenes"):
             for k, v in card.get(part, {}).items():
@@ -239,7 +241,8 @@ def check_card(name):                                 # as of card_of
         with torch.device("meta"):
             size = sum(p.numel() for p in DiT(DiTConfig(**card["dit"])).parameters())
             if card["vae"].get("width"): PatchVAE(VAEConfig(**card["vae"]))      # else pixels
-        if file.is_file() and size > file.stat().st_size: raise ValueError(f"a network of {size:,} numbers in a file of {file.stat().st_size:,} bytes")
+        there = sum(v.numel() for v in tensors.values())
+        if size > there: raise ValueError(f"a network of {size:,} numbers, {there:,} are there")
         World(**card.get("scenes", {}))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{file} does not fit its card: {(str(e).splitlines() or [type(e).__name__])[0][:200]}") from None

@@ -230,6 +230,7 @@ def ranks(device: torch.device):  # gives the device of this rank
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield device; return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count(): raise core.UserError(f"{device} is asked for, {torch.cuda.device_count()} GPUs are here: expected --nproc-per-node {torch.cuda.device_count()} at most, or --device cpu")
         torch.cuda.set_device(device)
     store, me, n = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=me, world_size=n)
@@ -302,14 +303,14 @@ def fit(
     opts, average = optimizers(model, r), {k: p.detach().clone() for k, p in model.named_parameters()}
     facts = json.loads(json.dumps(dict(card or {}, recipe=asdict(r))))
     first = int.from_bytes(hashlib.sha256(f"fit {r.seed}".encode()).digest()[:4], "big")  # seed of batch 0
-    rows = r.accumulate % n                                                               # does a rank take rows of each batch, or every n-th batch?
-    numbers = lambda i: range(i * r.accumulate, (i + 1) * r.accumulate)[0 if rows else me::1 if rows else n]   # of the batches of step i
+    rows = r.accumulate % n > 0                       # does a rank take rows of each batch, or every n-th batch of a step?
+    numbers = lambda i: range(i * r.accumulate, (i + 1) * r.accumulate)[slice(None) if rows else slice(me, None, n)]   # of the batches of step i
 
     def batch(k):
         whole = draw(core.generator((first + k) % 2**32))
         if rows and (odd := next((f"{name!r} of a batch has {len(v)} rows" for name, v in whole.items() if len(v) % n), None)):
             raise core.UserError(f"{odd}, which {n} ranks cannot share: expected a batch that is a multiple of {n}")
-        return {name: v[me::n if rows else 1].to(device) if rows else v.to(device) for name, v in whole.items()}
+        return {name: (v[me::n] if rows else v).to(device) for name, v in whole.items()}
 
     @contextmanager
     def ordinary(weights):
@@ -380,7 +381,7 @@ def fit(
                 try:
                     restore(tensors, model, average, opts)
                     start, flops, compiled, recent = newest, int(old["flops"]), bool(old["compiled"]) and not shard, [[float(v) for v in values] for values in old.get("recent", [])]
-                except (KeyError, RuntimeError, TypeError, ValueError):
+                except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError):
                     raise core.UserError(f"{out} holds a model of other tensors than this one, or a damaged card: take another folder") from None
                 if start == r.steps: tqdm.write(f"{out} is finished: all {start} steps are done")
         log = Log(out, start) if out and not me else None

@@ -66,7 +66,7 @@ def spoil(path, how, others):
     if what == "cut": path.write_bytes(whole[:at(more[0])])
     elif what == "flip":
         b = bytearray(whole)
-        for x, bit in more[0]: b[at(x)] ^= 1 << bit
+        for x, bit in more[0] if whole else (): b[at(x)] ^= 1 << bit
         path.write_bytes(b)
     elif what == "empty": path.write_bytes(b"")
     elif what == "insert": path.write_bytes(whole[:at(more[0])] + more[1] + whole[at(more[0]):])
@@ -213,7 +213,7 @@ def test_spoiled_weights(weights, tmp_path_factory, spoils):
     draw_with(folder, tmp)
 
 
-VALUES = st.sampled_from([None, True, -1, 0, 1, 3, 10**5, 10**12, 10**30, .5, 1e308, "", "x", "\0", [], [1], {}, {"a": 1}, [[]], ["a", "a"], ["A B"], [None]])
+VALUES = st.sampled_from([None, True, -1, 0, 1, 3, 10**5, 10**12, 10**30, .5, 1e308, float("inf"), "", "x", "\0", [], [1], {}, {"a": 1}, [[]], ["a", "a"], ["A B"], [None]])
 
 
 def places(card, path=()):
