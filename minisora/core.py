@@ -129,7 +129,7 @@ def _whole_size(data):
         n = struct.unpack("<Q", data[:8])[0]
         header = json.loads(data[8 : 8 + n])
         return 8 + n + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError): return None
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError): return None
 
 def load(
     path,  # a `.safetensors` file with its card beside it
@@ -138,14 +138,16 @@ def load(
     "Read weights and their card; refuse whatever is not exactly what was saved."
     path = Path(path)
     if path.is_dir(): raise UserError(f"{path} is a folder: expected a .safetensors file")
+    if path.exists() and not path.is_file(): raise UserError(f"{path} is no ordinary file: expected a .safetensors file")  # a pipe would be waited for
     try: data = path.read_bytes()
     except OSError as e: raise UserError(f"cannot read {path}: {e.strerror or e}") from None
     if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
         raise UserError(f"{path} is a pickled checkpoint, which can run any program: only .safetensors files are read")
     if path.suffix != ".safetensors": raise UserError(f"{path} is not a .safetensors file")
+    if not path.with_suffix(".json").is_file(): raise UserError(f"{path} has no card: {path.with_suffix('.json').name} must lie beside it")
     try: card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except OSError: raise UserError(f"{path} has no card: {path.with_suffix('.json').name} must lie beside it") from None
-    except ValueError: raise UserError(f"{path.with_suffix('.json')} is not JSON: copy it again") from None
+    except OSError as e: raise UserError(f"cannot read {path.with_suffix('.json')}: {e.strerror or e}") from None
+    except (ValueError, RecursionError): raise UserError(f"{path.with_suffix('.json')} is not JSON: copy it again") from None
     digest = str(card.get("sha256")) if isinstance(card, dict) else ""
     meant, late = lambda data: digest == hashlib.sha256(data).hexdigest(), _waiting(path, digest)
     if not meant(data) and late.is_file(): data = late.read_bytes()  # a save was cut short after its card

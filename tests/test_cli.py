@@ -146,6 +146,16 @@ def test_training_on_a_folder(folder, tmp_path, capsys):
     assert cli.main(["eval", "--weights", str(tmp_path / "r"), "--n", "2"]) == 2 and "not trained on the sprite world" in capsys.readouterr().err
 
 
+def test_a_tenth_is_kept_aside(tmp_path, capsys):
+    ok("train", "--preset", "tiny", "--data", ROOT / "data_samples", "--steps", 8, "--save-every", 2, "--batch", 4, "--out", tmp_path / "r")
+    said, card = capsys.readouterr().out, json.loads((tmp_path / "r" / "model.json").read_text())
+    n = len(data.Folder(ROOT / "data_samples"))
+    assert card["aside"] == round(.1 * n) and card["clips"] == n - card["aside"]
+    logged = [json.loads(l)["aside"] for l in (tmp_path / "r" / "dit" / "log.jsonl").read_text().splitlines() if "aside" in l]
+    assert len(logged) == 2 and all(0 < x < 10 for x in logged)
+    assert f"loss on {card['aside']} clips kept aside: {logged[0]:.4f} at step 2" in said and re.search(r"^\.gif +\d+ +\d+", said, re.M)
+
+
 def test_steps_are_shared():
     for name in cli.PRESETS:
         a, b = cli.preset(name), cli.adjusted(cli.preset(name), steps=2)

@@ -468,3 +468,19 @@ def test_cut_samples_are_always_named(tmp_path):
     for f in tmp_path.iterdir():
         if f.suffix in data.SUFFIXES and f.stem != "good": assert sum(f.name in line for line in folder.bad) == 1, f.name
     check_lines(folder)
+
+
+def test_clips_kept_aside(clips, tmp_path):
+    for k in range(20):
+        data.write_clip(clips[k % 4], tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text(f"clip {k}")
+    whole, folder = quiet(tmp_path), quiet(tmp_path)
+    aside = folder.keep_aside(.1)
+    assert len(folder) == 18 and len(aside) == 2 and sorted(folder.items + aside.items) == sorted(whole.items)
+    assert set(aside.batch(g(), 30)["captions"]) == set(aside.texts()) and not set(folder.batch(g(), 200)["captions"]) & set(aside.texts())
+    (tmp_path / "more.png").write_bytes((tmp_path / "0.png").read_bytes())
+    (tmp_path / "more.txt").write_text("more")
+    assert len({name for name, _ in quiet(tmp_path).keep_aside(.1).items} & {name for name, _ in aside.items}) >= 1   # by name, not by place
+    (tmp_path / "torn.gif").write_bytes(b"GIF")
+    lines = quiet(tmp_path).table().splitlines()
+    assert lines[1].split()[:4] == [".png", "21", "21", "2.0"] and lines[-1].startswith("passed over: 1")
