@@ -8,7 +8,7 @@ The table is minisora/results/NAME.json, written anew after each point; the chap
 for one point of it, which must come out within the spread of the seeds (`sys.path.append("../scripts"); from study import latents`).
 A study is a function from a point (seed among its arguments) to a dict of numbers, `flops` among them, and a list of points.
 """
-import argparse, json, os, sys, tempfile, time
+import argparse, json, math, os, sys, tempfile, time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -131,6 +131,107 @@ def levels(
                 right={k: round(v, 2) for k, v in right_pictures(model, n, seed).items()})
 
 
+# --- drawing (claims 1 and 3, chapter 12): what the DALL·E that ships draws, chooses and completes; each point within a minute
+
+@lru_cache
+def _dalle(): return Dalle.from_pretrained("dalle", core.device()), World(frames=1)
+
+
+def _draw(model, prompts, seed=0, chunk=128, **how):
+    return torch.cat([model.generate(prompts[i:i + chunk], seed=seed + i, **how).cpu() for i in range(0, len(prompts), chunk)])
+
+
+def _counts(grades):
+    "Attribute → right, of how many asked."
+    return {k: [int(v[grades.asked[k]].sum()), int(grades.asked[k].sum())] for k, v in grades.by.items()} | {"all": [int(grades.right.sum()), len(grades.right)]}
+
+
+def crossing(n, seed, **choices):
+    "Scenes whose sprite lies across the middle of the frame."
+    s = World(frames=1, **choices).sample(40*n, core.generator(seed))
+    return s[((s.start[:, 0, 1] - 16).abs() <= 2).nonzero()[:n, 0]]
+
+
+def lower(pictures):
+    "Of lower halves: the nearest color of what is not background (-1: nothing there), and where that is (b h w)."
+    table = torch.tensor(list(COLORS.values()))*2 - 1
+    x, ground = pictures[:, 0, :, 16:], pictures[:, 0, :, :4].flatten(2).median(-1).values[:, :, None, None]   # the top rows show it
+    mask = (x - ground).abs().amax(1) > .5
+    color = (x*mask[:, None]).sum((2, 3))/mask.sum((1, 2)).clamp(min=1)[:, None]
+    return torch.cdist(color, table).argmin(1).masked_fill(mask.sum((1, 2)) < 6, -1), mask
+
+
+def drawing(
+    what,  # see `DRAWING`
+    seed,  # of prompts and samples, or of a training
+):
+    "One question to DALL·E; counts, so that points can be added up."
+    model, world = _dalle()
+    n, some = core.at_scale(test=4, cpu=512, gpu=1024), core.at_scale(test=4, cpu=128, gpu=512)
+    if what in ("unseen", "held-out"):  # grades of pictures for long prompts, and by chance: the same pictures against another prompt
+        s = world.sample(n, core.generator(2**40 + seed), "train" if what == "unseen" else "heldout")
+        drawn = _draw(model, world.caption(s), seed*n)
+        reading = read(drawn, world=world)
+        return dict(n=n, flops=0, right=_counts(grade(drawn, s, "long", reading)), chance=int(grade(drawn, s[torch.arange(n).roll(1)], "long", reading).right.sum()))
+    if what == "choosing":  # many plain pictures a prompt: which are right, how well the model finds they fit, and how likely they are
+        many, s = core.at_scale(test=4, cpu=64, gpu=64), world.sample(core.at_scale(test=2, cpu=8, gpu=32), core.generator(2**40 + 100 + seed), "heldout")
+        asks = [p for p in world.caption(s) for _ in range(many)]
+        drawn = _draw(model, asks, 1000*seed, cfg_scale=1., temperature=1.)
+        right = grade(drawn, s[torch.arange(len(s)).repeat_interleave(many)]).right.long().view(-1, many)
+        both = [torch.cat([-model.surprise(model.ids(asks[i:i + 128] if given else [""]*len(asks[i:i + 128])), model.tokens(drawn[i:i + 128].to(model.device)))[1].sum(1).detach().cpu() for i in range(0, len(asks), 128)]).view(-1, many) for given in (True, False)]
+        order = lambda by: ["".join(map(str, row)) for row in right.gather(1, by.argsort(1, descending=True)).tolist()]   # best first
+        return dict(n=len(s), flops=0, by_agreement=order(both[0] - both[1]), by_likelihood=order(both[0]))
+    if what.startswith("weight"):  # a small model, few codes, long captions: bits of unseen captions and images by the text's weight in the loss
+        steps, batch = core.at_scale(test=2, cpu=120, gpu=4000), core.at_scale(test=4, cpu=32, gpu=128)
+        pool = WorldClips(world, dict(long=.9, none=.1)).batch(core.generator(3), core.at_scale(test=40, cpu=4000, gpu=40_000))
+        torch.manual_seed(0)
+        vq = VQVAE(VQConfig(codes=core.at_scale(test=16, cpu=64, gpu=64), channels=48, width=48, encoder=0, decoder=0))
+        start_from_patches(vq, pool["clips"][:500], core.generator(1))
+        torch.manual_seed(seed)
+        small = Dalle(replace(model.config, codes=vq.quantizer.codes, width=64, depth=3, heads=2, text_weight=float(what.split()[1])), vq.eval(), model.tokenizer)
+        ids, codes = small.ids(pool["captions"]), small.tokens(pool["clips"])
+        def draw(g):
+            i = torch.randint(len(codes), (batch,), generator=g)
+            return dict(text=ids[i], tokens=codes[i])
+        run = fit(small.gpt, small.loss, draw, Recipe(steps=steps, warmup=min(20, steps), muon=4., ema=.95, compile=False, seed=seed), name=f"{what}, seed {seed}")
+        s = world.sample(some*2, core.generator(2))
+        with torch.no_grad(): parts = small.surprise(small.ids(world.caption(s)), small.tokens(world.render(s)))
+        return dict(steps=steps, batch=batch, flops=run["flops"], n=len(s), **{k: round(p.sum(1).mean().item()/math.log(2), 3) for k, p in zip(("caption", "image"), parts)})
+    if what == "bits":  # of unseen images' codes given their captions
+        s = world.sample(some*2, core.generator(2))
+        def bits(level):
+            with torch.no_grad(): each = torch.cat([model.surprise(model.ids(world.caption(s[i:i + 64], level)), model.tokens(world.render(s[i:i + 64]).to(model.device)))[1].sum(1).cpu() for i in range(0, len(s), 64)])/math.log(2)
+            return [round(each.mean().item(), 3), round(1.96*each.std().item()/len(each)**.5, 3)]
+        return dict(n=len(s), flops=0, bits={level: bits(level) for level in LEVELS})
+    if what.startswith("dial"):  # guidance, temperature
+        s = world.sample(some, core.generator(12))
+        return dict(n=some, flops=0, right=_counts(grade(_draw(model, world.caption(s), 5, **dict(zip(("cfg_scale", "temperature"), map(float, what.split()[1:])))), s)))
+    if what == "completion":  # the top half given, with captions from none to all
+        s = crossing(some, 31)
+        whole, ways = world.render(s), {"no caption": [""]*some, "short": world.caption(s, "short"), "long": world.caption(s), "pixels": world.caption(s, "pixels")}
+        done = {k: complete(model, whole.to(model.device), p, seed=0, cfg_scale=1. if k == "no caption" else None).cpu() for k, p in ways.items()}
+        psnr = {k: round(10*math.log10(4/(d - whole)[..., 16:, :].pow(2).mean().item()), 3) for k, d in done.items()}
+        done["no picture, long"] = _draw(model, ways["long"], 77)
+        return dict(n=some, flops=0, psnr=psnr, right={k: _counts(grade(d, s, "full")) for k, d in done.items()}, long={k: _counts(grade(d, s))["all"][0] for k, d in done.items()},
+                    chance=int(grade(done["no caption"], s[torch.arange(some).roll(1)]).right.sum()))
+    if what == "change":  # another color asked of the lower half, all named or "a blue shape"
+        s, names = crossing(some, 32, textures=("plain",)), list(COLORS)
+        pictures, target = world.render(s), (s.color[:, 0] + 3) % len(names)
+        other = s.map(torch.clone); other.color[:, 0] = target
+        asks = {"nothing asked": [""]*some, "a change asked": world.caption(other), "'the same, in blue'": [f"a {names[k]} shape" for k in target]}
+        (_, outline), out = lower(pictures), {}
+        overlap = lambda a: round(100*((a & outline).sum((1, 2))/(a | outline).sum((1, 2)).clamp(min=1))[outline.sum((1, 2)) >= 6].mean().item(), 2)
+        for k, p in asks.items():
+            got, mask = lower(complete(model, pictures.to(model.device), p, seed=0, cfg_scale=1. if k == "nothing asked" else None).cpu())
+            out[k] = dict(new=int((got == target).sum()), old=int((got == s.color[:, 0]).sum()), nothing=int((got < 0).sum()), outline=overlap(mask))
+        return dict(n=some, flops=0, answers=out, sure=int((lower(pictures)[0] == s.color[:, 0]).sum()), apart=overlap(outline.roll(1, 0)))
+    raise ValueError(f"what is {what!r}: expected one of {', '.join(DRAWING)}")
+
+
+DRAWING = {"unseen": (0, 1, 2), "held-out": (0, 1, 2), "choosing": (0, 1, 2, 3), "completion": (0,), "change": (0,), "bits": (0,),   # question: its seeds
+           **{f"weight {w}": (0, 1, 2) for w in (0., .125, .5, .875)}, **{f"dial {g} {t}": (0,) for g, t in ((1., 1.), (1., .5), (1., .25), (2., 1.), (2., .5), (2., .25), (4., .25))}}
+
+
 # --- abilities (claim 2, chapter 12): DALL·E over two sprites, by size: what it can bind
 
 WIDTHS = {16: 1, 32: 2, 64: 3, 128: 4}  # width: depth
@@ -194,6 +295,7 @@ def points():
     budgets = core.at_scale(test=(.001,), cpu=(2, 8, 32), gpu=(32, 128, 512))
     return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]),
                 abilities=(abilities, [dict(width=w, seed=seed) for seed in (0, 1, 2) for w in core.at_scale(test=(16,), cpu=tuple(WIDTHS), gpu=(*WIDTHS,))]),
+                drawing=(drawing, [dict(what=w, seed=seed) for w, seeds in DRAWING.items() for seed in seeds]),
                 levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]))
 
 
