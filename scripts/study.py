@@ -8,7 +8,7 @@ The table is minisora/results/NAME.json, written anew after each point; the chap
 for one point of it, which must come out within the spread of the seeds (`sys.path.append("../scripts"); from study import latents`).
 A study is a function from a point (seed among its arguments) to a dict of numbers, `flops` among them, and a list of points.
 """
-import argparse, json, math, os, sys, tempfile, time
+import argparse, ast, json, math, os, sys, tempfile, time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -290,13 +290,39 @@ def abilities(
                 skills={k: round(100*v.float().mean().item(), 2) for k, v in skills.items()})
 
 
+# --- raven (claim 4, chapter 13): the ninth cell, drawn and chosen, by size of model
+
+@lru_cache
+def chapter(name):
+    "What a chapter without a module defines: its cells of nothing but imports, functions, classes and constants in capitals, exercises left out, run in order."
+    space = {"__name__": name}
+    for cell in json.loads((ROOT/"nbs"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or source.startswith("#| exercise"): continue
+        tree = ast.parse(source)
+        constant = lambda n: isinstance(n, ast.Assign) and all(isinstance(t, ast.Name) and t.id.isupper() for t in n.targets)
+        if all(isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) or constant(n) for n in tree.body): exec(compile(tree, name, "exec"), space)
+    return SimpleNamespace(**space)
+
+
+def raven(
+    size,  # of `SIZES` in the chapter
+    seed,  # of weights and batches
+    without="",  # an attribute and its rule that are never trained; else the chapter's held-out combination is
+):
+    "Train on whole matrices, then grade the ninth cell, drawn and chosen."
+    torch.set_num_threads(1)
+    return chapter("13_raven").point(size, seed, without)[1]
+
+
 def points():
     "Name → function and its points, in the order in which they run: one seed of everything first."
     budgets = core.at_scale(test=(.001,), cpu=(2, 8, 32), gpu=(32, 128, 512))
     return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]),
                 abilities=(abilities, [dict(width=w, seed=seed) for seed in (0, 1, 2) for w in core.at_scale(test=(16,), cpu=tuple(WIDTHS), gpu=(*WIDTHS,))]),
                 drawing=(drawing, [dict(what=w, seed=seed) for w, seeds in DRAWING.items() for seed in seeds]),
-                levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]))
+                levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]),
+                raven=(raven, [dict(size=size, seed=seed, without="") for seed in core.at_scale(test=(0,), cpu=(0, 1, 2), gpu=(0, 1, 2)) for size in ("3k", "18k", "63k", "0.2M", "0.8M")] + [dict(size="63k", seed=0, without="color distribute three")]))
 
 
 # --- the runner
