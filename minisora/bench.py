@@ -68,7 +68,11 @@ class Products(TorchDispatchMode):
 
 def products_alone(step, device):  # a function that runs one step; -> a function that only multiplies, and its FLOPs
     "The matrix products of `step`, way back included, and nothing else: factors made beforehand, no memory asked for."
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), Products() as noted: step()
+    exact = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # attention written out stays in bf16, as the fused one does
+    try:
+        with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), Products() as noted: step()
+    finally: torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(exact)
     made, work = {}, []
     def matrix(k, shape, turned, dtype):
         if turned: return matrix(k, (*shape[:-2], shape[-1], shape[-2]), False, dtype).mT
@@ -225,13 +229,13 @@ def parts(shape, patch, batch, reps, device, fast=True, side=32) -> dict:  # as 
     for p in weights: p.grad = torch.randn_like(p)
     adam = lambda **kw: [torch.optim.AdamW(weights, lr=0., **kw)]
     for name, opts in dict(fused=adam(fused=True), loop=adam(foreach=False, fused=False), muon=optimizers(model, Recipe(lr=1e-9))).items(): calls[f"optimizer, {name}"] = lambda opts=opts: [o.step() for o in opts]
-    block_of_memory, store = torch.empty(2, 2**25, device=device), torch.randn(1000, 4, side, side).half()
-    calls["copy"] = lambda: block_of_memory[0].copy_(block_of_memory[1])
+    numbers, store = torch.ones(2**25, device=device), torch.randn(1000, 4, side, side).half()
+    calls["memory"] = lambda: numbers.mul_(1.)
     calls["data"] = lambda: [x.to(device) for x in (store[torch.randint(1000, (batch,))].float(), torch.randn(batch, 4, side, side), torch.rand(batch))]  # as `cli.train_sora` draws
     times = race(calls, reps, device)
     for name, row in rows.items(): row |= {k: middle([row["count"] * s for s in times[f"{name}, {k}"]]) for k in ("eager", "products", "compiled") if f"{name}, {k}" in times}
-    traffic = 7 * sum(p.numel() for p in weights) / (2 * 2**25)  # AdamW reads four numbers a weight and writes three; a copy reads one and writes one
-    rows["optimizer"] = {k: middle(times[f"optimizer, {k}"]) for k in ("fused", "loop", "muon")} | dict(memory=middle([traffic * s for s in times["copy"]]))
+    traffic = 7 * sum(p.numel() for p in weights) / (2 * len(numbers))  # AdamW reads four numbers a weight and writes three; a product by 1 reads one and writes one
+    rows["optimizer"] = {k: middle(times[f"optimizer, {k}"]) for k in ("fused", "loop", "muon")} | dict(memory=middle([traffic * s for s in times["memory"]]))
     return rows | dict(data=dict(eager=middle(times["data"])))
 
 # %% ../nbs/50_fast.ipynb #e1b745ec
@@ -307,12 +311,12 @@ def draw(result: dict, panels):  # of `run`; six axes of matplotlib, as of `plot
                     xerr=[[m["median"] - m["low"] for _, m in there], [m["high"] - m["median"] for _, m in there]], error_kw=dict(lw=1))
         ax.set(yticks=range(len(names)), yticklabels=names, title=title, xlabel=xlabel)
         ax.invert_yaxis()
-        if len(kinds) > 1: ax.legend(frameon=False)
+        if len(kinds) > 1: ax.set_xlim(right=1.45 * ax.get_xlim()[1]), ax.legend(frameon=False, loc="lower right")
     bars(panels[0], {k: {"": v} for k, v in sorted(step["products"].items(), key=lambda kv: kv[1]["median"])}, f"DiT-S/4: nobody is faster than the products,\nours compiled is at {1 / step['products'].get('ours, compiled', step['products']['ours, eager'])['median']:.0%} of their speed", "time of a training step, products alone = 1")
     ms = lambda row, names: {label: {k: 1000 * v for k, v in row[key].items()} for key, label in names.items() if key in row}
     bars(panels[1], {k: ms(rows[k], dict(eager="eager", compiled="compiled", products="products (AdamW: memory) alone", fused="eager", memory="products (AdamW: memory) alone")) for k in ("MLP", "attention", "adaLN", "optimizer")},
          "Where the time goes", "ms a step")
-    bars(panels[2], {k: {n: v for n, v in r["products"].items() if n != "products alone"} for k, r in result["presets"].items()}, "Our presets: the smaller the network,\nthe further from its products", "time of a training step, products alone = 1")
+    bars(panels[2], {k: {n: v for n, v in r["products"].items() if n != "products alone"} for k, r in result["presets"].items()}, "Our presets, as they train", "time of a training step, products alone = 1")
     for sampler in dict.fromkeys(r["sampler"] for r in seen["points"]):
         mine = [r for r in seen["points"] if r["sampler"] == sampler]
         panels[3].errorbar([r["calls"] for r in mine], [100 * r["right"] for r in mine], [196 * (r["right"] * (1 - r["right"]) / seen["n"])**.5 for r in mine], marker="o", ms=4, capsize=2, label=sampler)
