@@ -231,12 +231,14 @@ def parts(shape, patch, batch, reps, device, fast=True, side=32) -> dict:  # as 
     for name, opts in dict(fused=adam(fused=True), loop=adam(foreach=False, fused=False), muon=optimizers(model, Recipe(lr=1e-9))).items(): calls[f"optimizer, {name}"] = lambda opts=opts: [o.step() for o in opts]
     numbers, store = torch.ones(2**25, device=device), torch.randn(1000, 4, side, side).half()
     calls["memory"] = lambda: numbers.mul_(1.)
+    given = torch.randn(batch, model.trunk.mod.out_features, device=device)  # the gradient of adaLN's one large matrix, into memory asked for anew, or kept
+    calls["fresh"], calls["kept"] = lambda: given.mT @ cond.detach()[:, 0], lambda out=torch.empty_like(model.trunk.mod.weight): torch.mm(given.mT, cond.detach()[:, 0], out=out.detach())
     calls["data"] = lambda: [x.to(device) for x in (store[torch.randint(1000, (batch,))].float(), torch.randn(batch, 4, side, side), torch.rand(batch))]  # as `cli.train_sora` draws
     times = race(calls, reps, device)
     for name, row in rows.items(): row |= {k: middle([row["count"] * s for s in times[f"{name}, {k}"]]) for k in ("eager", "products", "compiled") if f"{name}, {k}" in times}
     traffic = 7 * sum(p.numel() for p in weights) / (2 * len(numbers))  # AdamW reads four numbers a weight and writes three; a product by 1 reads one and writes one
     rows["optimizer"] = {k: middle(times[f"optimizer, {k}"]) for k in ("fused", "loop", "muon")} | dict(memory=middle([traffic * s for s in times["memory"]]))
-    return rows | dict(data=dict(eager=middle(times["data"])))
+    return rows | dict(data=dict(eager=middle(times["data"])), fresh_memory={k: middle(times[k]) for k in ("fresh", "kept")})
 
 # %% ../nbs/50_fast.ipynb #e1b745ec
 def latency(model, reps, device) -> dict:  # a Sora
@@ -246,7 +248,7 @@ def latency(model, reps, device) -> dict:  # a Sora
     return {k: middle(v) for k, v in race({str(n): lambda n=n: model.generate(prompts[:n], seed=0) for n in (1, 16)}, reps, device).items()}
 
 def knee(model, n, points: dict, say=print) -> dict:  # n prompts, with the same noise at every point; points: sampler → numbers of steps
-    "Clips that are right in all, by sampler and calls of the network; the knee is the cheapest point that is not clearly worse than the best."
+    "Clips that are right in all, by sampler and calls of the network; the knee is the cheapest point from which on its sampler is never clearly worse than the best."
     world, right, rows = World(**model.card["scenes"]), {}, []
     scenes = world.sample(n, core.generator(2))
     captions = world.caption(scenes)
@@ -259,14 +261,17 @@ def knee(model, n, points: dict, say=print) -> dict:  # n prompts, with the same
     for r in rows:
         lost = right[best["sampler"], best["steps"]] - right[r["sampler"], r["steps"]]
         r["lost"], r["error"] = round(lost.mean().item(), 4), round(1.96 * lost.std().item() / n**.5, 4)  # paired: same prompts, same noise
-    return dict(n=n, points=rows, best=best, knee=min((r for r in rows if r["lost"] <= r["error"]), key=lambda r: r["calls"]), default=model.card["sampling"]["steps"])
+    safe = [r for r in rows if all(q["lost"] <= q["error"] for q in rows if q["sampler"] == r["sampler"] and q["calls"] >= r["calls"])]
+    return dict(n=n, points=rows, best=best, knee=min(safe, key=lambda r: r["calls"]), default=model.card["sampling"]["steps"])
 
 @torch.no_grad()
 def decoding(shape: dict, batch, tokens, places, reps, device) -> dict:  # shape: of gpt.GPT; places: where drawing one token without a cache is timed
     "Drawing tokens with the KV cache and without: the same tokens first, then times. Without: a token at some places, summed over all between them."
     torch.manual_seed(0)
     model, begun = GPT(**shape, length=tokens + 1).to(device).eval(), torch.zeros(batch, 1, dtype=torch.long, device=device)
+    if device.type != "mps": model.double()  # so that rounding breaks no tie
     if not torch.equal(*(model.generate(begun, min(tokens, 16), temperature=0, cache=c) for c in (True, False))): raise RuntimeError("the KV cache changes tokens")
+    model.float()
     past = torch.randint(shape["vocab"], (batch, tokens), device=device)
     times = race({"cache": lambda: model.generate(begun, tokens), **{k: lambda k=k: model.generate(past[:, :k], 1, cache=False) for k in places}}, reps, device)
     none = [torch.trapezoid(torch.tensor([times[k][r] for k in places]), torch.tensor(places, dtype=torch.float)).item() * tokens / (places[-1] - places[0]) for r in range(reps)]

@@ -459,10 +459,10 @@ BENCH_PARTS = "peak", "published", "bf16", "gpu", "parts", "presets", "latency",
 
 def bench(args):
     "Measure how fast all is, here: a JSON, a figure beside it, and a summary."
+    if args.out and Path(args.out).suffix != ".json": raise ValueError(f"--out is {args.out}: expected a name that ends in .json")
     from minisora import core
     out = Path(args.out or (core.results() if core.results().is_dir() else Path())/"bench.json")
     check_place(out)
-    if out.suffix != ".json": raise ValueError(f"--out is {out}: expected a name that ends in .json")
     known = None
     if args.only and out.is_file():
         try: known = json.loads(out.read_text(encoding="utf-8"))

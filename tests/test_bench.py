@@ -116,7 +116,7 @@ def test_published_step():
 
 def test_parts():
     rows = parts(TINY, 4, 2, 2, CPU, fast=False, side=16)
-    assert list(rows) == ["attention", "MLP", "adaLN", "optimizer", "data"]
+    assert list(rows) == ["attention", "MLP", "adaLN", "optimizer", "data", "fresh_memory"]
     n, d = 2 * 16, 48
     assert rows["MLP"]["flops"] == 2 * 3 * 2 * n * 8 * d * d
     assert rows["attention"]["flops"] == 2 * 3 * (2 * n * 4 * d * d + 4 * n * 16 * d)
@@ -152,6 +152,7 @@ def test_knee_is_the_cheapest_point_not_clearly_worse(monkeypatch):
     rates = {(p["sampler"], p["steps"]): p["right"] for p in r["points"]}
     assert rates == {("euler", 1): .1, ("euler", 4): .4, ("euler", 7): .9, ("euler", 16): .9, ("heun", 4): .4} and r["default"] == 8
     assert (r["knee"]["sampler"], r["knee"]["calls"]) == ("euler", 7) and next(p for p in r["points"] if p["sampler"] == "heun")["calls"] == 7
+    assert knee(model, 80, dict(euler=(7, 4, 1), heun=(1,)), say=lambda text: None)["knee"]["steps"] == 7
     lost = r["points"][1]
     assert lost["lost"] == .5 and abs(lost["error"] - 1.96 * (.25 / 79)**.5) < 1e-3  # of the paired differences: half are 1, half 0
 
