@@ -261,7 +261,8 @@ def knee(model, n, points: dict, say=print) -> dict:  # n prompts, with the same
     for r in rows:
         lost = right[best["sampler"], best["steps"]] - right[r["sampler"], r["steps"]]
         r["lost"], r["error"] = round(lost.mean().item(), 4), round(1.96 * lost.std().item() / n**.5, 4)  # paired: same prompts, same noise
-    safe = [r for r in rows if all(q["lost"] <= q["error"] for q in rows if q["sampler"] == r["sampler"] and q["calls"] >= r["calls"])]
+    kin = lambda r, q: (r["sampler"] == "heun") == (q["sampler"] == "heun") and q["calls"] >= r["calls"]  # DDIM without fresh noise is Euler's method
+    safe = [r for r in rows if all(q["lost"] <= q["error"] for q in rows if kin(r, q))]
     return dict(n=n, points=rows, best=best, knee=min(safe, key=lambda r: r["calls"]), default=model.card["sampling"]["steps"])
 
 @torch.no_grad()
