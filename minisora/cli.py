@@ -340,7 +340,7 @@ def train_captioner(args):
     facts |= dict(seed=args.seed, command=" ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None), *{True: ["--bf16"], False: ["--no-bf16"]}.get(args.bf16, [])]))
     if (out/"model.json").is_file() and card_of(out).get("command") != facts["command"]: raise ValueError(f"{out} is a finished run of `{card_of(out).get('command')}`: expected the same, or another --out")
     print(f"captioner: {PRESETS['captioner']}\ndata    {args.data}: {p.pool} clips, made or drawn once, batches of {p.batch}\n        {p.dit_recipe}\nrun     {out}, seed {args.seed}, on {device}", flush=True)
-    clips, texts, levels = captioned(args.data, min(p.pool, 2*p.batch*p.dit_recipe.steps), args.seed + 1, CaptionerConfig(0).frames)
+    clips, texts, levels = captioned(args.data, min(p.pool, p.batch*p.dit_recipe.steps), args.seed + 1, CaptionerConfig(0).frames)
     words = Tokenizer.from_texts([t for row in texts for t in row])
     text = words.encode([t for row in texts for t in row])[0].view(len(clips), len(levels), -1).short()
     weights = torch.tensor([*SAID.values()] if args.data == "world" else [1.])
