@@ -41,8 +41,8 @@ def preset(
         recipe = Recipe(steps=1800, warmup=20, save_every=1800, log_every=30, ema=.99, compile=False)
         return N(world=dict(), vae=dict(width=128, encoder=2, decoder=2), dit=dict(width=128, depth=4, text_width=64, patch=(1, 2, 2)), batch=16, dit_batch=16, pool=400, captions=2,
                  vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.001, sampling=dict(steps=12))
-    if name == "clip":  # no VAE, and the network (p.dit) is no DiT: see train_clip; 17 tokens of 8x8 pixels, wide enough to tell a shape in any place
-        return N(world=dict(frames=1), vae=None, dit=dict(text_width=64, text_heads=2), batch=0, dit_batch=256, pool=48_000, captions=6, vae_recipe=None, dit_recipe=Recipe(steps=800, muon=4., ema=.99, save_every=50),
+    if name == "clip":  # no VAE, and the network (p.dit) is no DiT: see train_clip
+        return N(world=dict(frames=1), vae=None, dit=dict(), batch=0, dit_batch=256, pool=48_000, captions=6, vae_recipe=None, dit_recipe=Recipe(steps=700, muon=4., ema=.99, save_every=50),
                  levels=dict(paraphrase=.4, long=.3, short=.1, medium=.08, full=.06, pixels=.06))
     if name == "figure":  # no VAE; all scenes with each of these captions; times uniform in log-snr, and the loss is bits
         from dataclasses import asdict

@@ -59,13 +59,13 @@ class CLIPConfig:
     "All that makes a CLIP, as JSON can hold it."
     vocab: int  # token ids run below it
     side: int = 32  # h = w of a picture
-    patch: int = 8  # ph = pw; divides side
-    width: int = 128  # d of the image tower
-    depth: int = 4  # its blocks
-    heads: int = 4
-    text_width: int = 128  # d of the text tower
+    patch: int = 4  # ph = pw; divides side. Small: with 8 a shape is learned several times later
+    width: int = 96  # d of the image tower
+    depth: int = 3  # its blocks
+    heads: int = 3
+    text_width: int = 64  # d of the text tower
     text_depth: int = 2  # two: color to shape, both to the end
-    text_heads: int = 4
+    text_heads: int = 2
     length: int = 32  # most tokens of a text
     embed: int = 64  # numbers in the space where both meet
     end: str | int = "last"  # whose state stands for a text: the last token that is not 0, the "largest" id, or the first token of this id
