@@ -66,7 +66,7 @@ def says(capsys):
 
 @pytest.mark.parametrize("args, code", [(["--help"], 0), (["--version"], 0), (["sample", "--help"], 0), (["train", "--help"], 0), ([], 2), (["sample", "a"], 2),
     (["sample", "--out", "a.gif"], 2), (["sample", "a", "--out", "a.avi"], 2), (["sample", "a", "--out", "a.gif", "--weights", "nowhere"], 2), (["sample", "a", "--out", "a.gif", "--seed", "x"], 2),
-    (["train", "--preset", "nope", "--out", "r"], 2), (["train", "--preset", "tiny", "--data", "nowhere", "--out", "r"], 2), (["eval", "--weights", "nowhere"], 2), (["demo", "--data", "nowhere"], 2)])
+    (["train", "--preset", "nope", "--out", "r"], 2), (["train", "--preset", "tiny", "--data", "nowhere", "--out", "r"], 2), (["eval", "--weights", "nowhere"], 2), (["rank", "a", "a.gif", "--weights", "nowhere"], 2), (["demo", "--data", "nowhere"], 2)])
 def test_torch_is_not_needed(args, code, tmp_path):
     check = f"import sys\nfrom minisora.cli import main\ncode = main({args!r})\nassert code == {code}, code\nassert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}, capture_output=True, text=True)
@@ -159,7 +159,7 @@ def test_a_tenth_is_kept_aside(tmp_path, capsys):
 def test_steps_are_shared():
     for name in cli.PRESETS:
         a, b = cli.preset(name), cli.adjusted(cli.preset(name), steps=2)
-        assert (b.vae_recipe.steps if b.vae_recipe else 0, b.dit_recipe.steps) == ((0, 2) if name == "figure" else (1, 1)) and not b.dit_recipe.compile
+        assert (b.vae_recipe.steps if b.vae_recipe else 0, b.dit_recipe.steps) == ((0, 2) if a.vae_recipe is None else (1, 1)) and not b.dit_recipe.compile
         assert cli.adjusted(cli.preset(name)).dit_recipe.steps == a.dit_recipe.steps
 
 
@@ -305,6 +305,34 @@ def test_mistakes_of_train(says, folder, tmp_path):
     for f in (tmp_path / "bad").iterdir():
         if f.suffix != ".jsonl": f.write_bytes(b"")
     says("train", "--preset", "tiny", "--data", tmp_path / "bad", *out, words="bad has no clip")
+
+
+# --- ranking
+
+def test_rank(tmp_path, capsys, says):
+    ok("train", "--preset", "clip", "--steps", 2, "--batch", 4, "--out", tmp_path / "r", "--device", "cpu")
+    assert "finished: " in capsys.readouterr().out and json.loads((tmp_path / "r" / "model.json").read_text())["kind"] == "clip"
+    w = world.World()
+    for k, clip in enumerate(w.render(w.sample(3, core.generator(1)))): data.write_clip(clip, tmp_path / f"{k}{cli.FORMATS[k]}")
+    data.write_clip(w.render(w.sample(1, core.generator(2)))[0, :1], tmp_path / "still.jpg")
+    (tmp_path / "torn.gif").write_bytes(b"GIF89a")
+    files, weights = [tmp_path / f for f in ("0.gif", "torn.gif", "1.png", "still.jpg", "2.webp", "gone.gif")], ["--weights", tmp_path / "r"]
+    ok("rank", "a red circle", *files, *weights)
+    said = capsys.readouterr()
+    rows = [line.split("  ") for line in said.out.splitlines()]
+    assert {row[-1] for row in rows} == {str(f) for f in files} - {str(tmp_path / "torn.gif"), str(tmp_path / "gone.gif")}
+    scores = [float(line.split()[0]) for line in said.out.splitlines()]
+    assert scores == sorted(scores, reverse=True) and all(-1 <= s <= 1 for s in scores)
+    bad = [line for line in said.err.splitlines() if line.startswith("minisora: ")]
+    assert len(bad) == 2 and "torn.gif" in bad[0] and "gone.gif" in bad[1]
+    assert cli.main(["rank", "a red circle", *map(str, [files[1], files[5], *weights])]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minisora: ")]
+    assert len(lines) == 3 and "none of 2 files can be read" in lines[-1]
+    says("rank", " ", files[0], *weights, words="prompt is empty")
+    says("rank", "a red circle", *weights, words="file")
+    says("rank", "a", files[0], "--weights", "nowhere", words="no weights at nowhere: expected a name")
+    says("sample", "a", "--out", tmp_path / "a.gif", *weights, words="holds clip: expected the weights of a Sora")
+    assert cli.main(["rank", "zeppelin", str(files[0]), "--weights", str(tmp_path / "r")]) == 2 and "no word of it" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- grading, ledger, demo
