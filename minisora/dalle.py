@@ -92,6 +92,7 @@ class Dalle(nn.Module):
         self.gpt = GPT(self.codes + c.codes, c.width, c.depth, c.heads, 1 + c.text + c.rows*c.cols)
         self.gpt.place = Places(1 + c.text, c.rows, c.cols, c.width)
         self.vq, self.tokenizer, self.card, self._said = vq, tokenizer, dict(card or {}), set()
+        self.detail = None   # (prompts, seeds) -> the prompts told in full, as `sora.Sora` has it
 
     @property
     def device(self): return self.gpt.head.weight.device
@@ -160,7 +161,9 @@ class Dalle(nn.Module):
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + k for k in range(len(prompts))]
         if len(seeds) != len(prompts): raise ValueError(f"seed lists {len(seeds)} for {len(prompts)} prompts: expected as many")
         if given is not None and (len(given) != len(prompts) or given.shape[1] >= n): raise ValueError(f"given is {tuple(given.shape)}: expected {len(prompts)} rows of fewer than {n} codes")
-        begin = self.stream(self.ids(prompts), given)
+        text = self.ids(prompts)                                       # unknown words are said here
+        if self.detail: text = self.ids(self.detail(prompts, seeds))
+        begin = self.stream(text, given)
         null = None if s["cfg_scale"] == 1 else self.stream(self.ids([negative]*len(prompts)), given)
         drawn = self.gpt.generate(begin, n - (0 if given is None else given.shape[1]), s["temperature"], s["top_k"], s["top_p"], cfg_scale=s["cfg_scale"], null=null, progress=progress,
                                   generator=[core.generator(k, self.device) for k in seeds], allowed=torch.arange(self.gpt.vocab, device=self.device) >= self.codes)
