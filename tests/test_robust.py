@@ -435,12 +435,12 @@ def child(out, how, n):
     left = [n]
     def die(*_): os.kill(os.getpid(), 9)
     def count(what, before):
-        def act(path, *more):
+        def act(path, *more, **options):
             left[0] -= 1
             if left[0] < 0:
                 before(path, *more)
                 die()
-            return what(path, *more)
+            return what(path, *more, **options)
         return act
     def half(path, content): 
         with open(path, "wb") as file: file.write(content[:len(content) // 2]); file.flush()
