@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-import minisora
 from . import core
 from .text import Tokenizer
 from .transformer import Block, KVCache
@@ -135,9 +134,7 @@ class Captioner(nn.Module):
         device=None,  # see core.device; None: the CPU
     ):
         "A saved captioner, checked against its card."
-        path = Path(minisora.__file__).parent/"weights"/f"{name}.safetensors"
-        if not path.is_file(): path = Path(name)/"model.safetensors" if Path(name).is_dir() else Path(name)
-        if not path.is_file(): raise core.UserError(f"no weights at {name}: expected captioner, a folder with model.safetensors, or a .safetensors file")
+        path = core.find_weights(name)
         tensors, card = core.load(path)
         if card.get("kind") != "captioner": raise core.UserError(f"{path} holds {card.get('kind', 'something else')}: expected the weights of a captioner")
         try:

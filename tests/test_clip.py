@@ -283,11 +283,11 @@ def test_bad_state_dicts():
 
 # --- the weights that ship
 
-@pytest.mark.skipif(not (clip.WEIGHTS / "clip.safetensors").is_file(), reason="not trained yet")
+@pytest.mark.skipif(not (core.WEIGHTS / "clip.safetensors").is_file(), reason="not trained yet")
 def test_shipped_weights_name_what_they_see():
     model, W = CLIP.from_pretrained("clip"), World(frames=1)
     card = model.card
-    assert (clip.WEIGHTS / "clip.safetensors").stat().st_size <= 3_000_000 and card["world"] == VERSION and card["command"].startswith("minisora train --preset clip") and card["flops"] > 0
+    assert (core.WEIGHTS / "clip.safetensors").stat().st_size <= 3_000_000 and card["world"] == VERSION and card["command"].startswith("minisora train --preset clip") and card["flops"] > 0
     assert 3e5 < core.num_params(model) < 1e6
     s = W.sample(64, core.generator(2**43), "heldout")
     x = W.render(s)[:, 0]

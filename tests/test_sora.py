@@ -10,9 +10,9 @@ import torch
 
 import minisora
 from minisora import core
-from minisora.core import UserError, generator
+from minisora.core import UserError, find_weights, generator
 from minisora.dit import DiT
-from minisora.sora import Pixels, Sora, find_weights, vae_file
+from minisora.sora import Pixels, Sora, vae_file
 from minisora.text import Tokenizer
 from minisora.vae import PatchVAE, VAEConfig
 from minisora.world import World, grade
