@@ -354,7 +354,7 @@ def fit(
         if shard: norm = norm.full_tensor()
         if not math.isfinite(values[0] + norm):
             with ordinary(dict(model.named_parameters())) if shard else nullcontext(): bad = next(filter(None, (first_bad(model, loss, batch(k)) for k in numbers(i))), None)
-            if n > 1 and not bad: dist.barrier()               # whoever found it speaks, and this rank ends with that one
+            if n > 1 and (bad or "the gradient").startswith("the gradient"): dist.barrier()   # gradients are shared: who found it in its own rows speaks, and this rank ends with that one
             bad = bad or "the gradients' length"
             raise core.UserError(f"step {i + 1}: the loss is {values[0]:.4g}, the gradient {norm:.4g} long; not finite first: {bad}. "
                                  f"What was saved is whole: look at that tensor, or begin again with a lower lr than {r.lr}")
