@@ -45,7 +45,7 @@ def preset(
         return N(world=dict(), vae=dict(width=128, encoder=2, decoder=2), dit=dict(width=128, depth=4, text_width=64, patch=(1, 2, 2)), batch=16, dit_batch=16, pool=400, captions=2,
                  vae_recipe=recipe, dit_recipe=recipe, shift=2.5, rate=.001, sampling=dict(steps=12))
     if name == "clip":  # no VAE, and the network (p.dit) is no DiT: see train_clip
-        return N(world=dict(frames=1), vae=None, dit=dict(), batch=0, dit_batch=256, pool=48_000, captions=6, vae_recipe=None, dit_recipe=Recipe(steps=700, muon=4., ema=.99, save_every=50),
+        return N(world=dict(frames=1), vae=None, dit=dict(), batch=0, dit_batch=256, pool=48_000, captions=6, vae_recipe=None, dit_recipe=Recipe(steps=2400, muon=4., ema=.99, save_every=100),
                  levels=dict(paraphrase=.4, long=.3, short=.1, medium=.08, full=.06, pixels=.06))
     if name == "figure":  # no VAE; all scenes with each of these captions; times uniform in log-snr, and the loss is bits
         from dataclasses import asdict
@@ -168,13 +168,18 @@ def train_clip(
         pictures.append(((batch["clips"][:, 0] + 1)*127.5).round().byte())
         captions += [c for row in batch["captions"] for c in row]
     pictures = torch.cat(pictures)
-    ids = words.encode(captions)[0].view(len(pictures), p.captions, -1).short()   # pictures, captions, tokens
+    ids = words.encode(captions)[0]                               # p.captions rows for each picture
+    said = torch.zeros(len(ids), words.vocab_size, dtype=torch.bool).scatter_(1, ids, True)[:, 1:]    # which words, whatever their order
+    ids = ids.short()
     torch.manual_seed(seed)                                       # the network's first values
-    config = CLIPConfig(words.vocab_size, **{**p.dit, "length": max(32, ids.shape[2])})
+    config = CLIPConfig(words.vocab_size, **{**p.dit, "length": max(32, ids.shape[1])})
     model = CLIP(config, words, dict(facts or {}, seed=seed)).to(core.device(device))
-    def draw(g):
-        i, k = torch.randint(len(pictures), (p.dit_batch,), generator=g), torch.randint(ids.shape[1], (p.dit_batch,), generator=g)
-        return dict(pixels=pictures[i].float()/127.5 - 1, text=ids[i, k].long())
+    def draw(g):                                                  # half of a batch in four groups of captions that share most of their words: color alone does not part them
+        i, some = (torch.randint(len(ids), (n,), generator=g) for n in (p.dit_batch, 8*p.dit_batch))
+        one, other = said[i[:4]].float(), said[some].float()
+        alike = (both := other @ one.T)/(other.sum(1, keepdim=True) + one.sum(1) - both)      # Jaccard's
+        i = torch.cat([some[alike.topk(max(1, p.dit_batch//8), dim=0).indices].unique(), i])[:p.dit_batch]
+        return dict(pixels=pictures[i//p.captions].float()/127.5 - 1, text=ids[i].long())
     done = fit(model, model.loss, draw, replace(p.dit_recipe, seed=seed), Path(out)/"clip", resume, dict(facts or {}, seed=seed, clip=p.dit), name="clip")
     model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
     return model
@@ -360,7 +365,7 @@ def load_sora(name, device=None, as_is=False):        # as Sora.from_pretrained;
     model = kind.from_pretrained(name, str(core.device(device)))
     if model.card.get("data") == "world" and model.card.get("world") != world.VERSION:
         raise ValueError(f"{name} was trained on world {model.card.get('world')!r}, this is world {world.VERSION!r}: train it again, or install the minisora that made it")
-    if "pixels" in model.card.get("captions", ()) and not as_is: model.detail = world.World(**model.card["scenes"]).detail
+    model.detail = world.World(**model.card["scenes"]).detail if "pixels" in model.card.get("captions", ()) and not as_is else None
     return model
 
 # %% ../nbs/60_cli.ipynb #8a5efcc1

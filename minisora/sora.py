@@ -147,6 +147,7 @@ class Sora(nn.Module):
     def from_pretrained(cls,
         name="t2v",         # shipped name, folder or .safetensors file
         device=None,        # see core.device; None: the CPU
+        as_is=False,        # prompts as they are; else those of a model whose captions said all are told in full first
     ):
         "A saved Sora, checked against its card."
         path = core.find_weights(name)
@@ -160,4 +161,7 @@ class Sora(nn.Module):
             if tensors["std"].ndim == 0: tensors["std"] = tensors["std"]*torch.eye(len(tensors["mean"]))      # as minisora 0.1 kept it: one for all channels
             model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in (tensors | {f"vae.{k}": v for k, v in parts.items()}).items()})
         except (KeyError, TypeError, RuntimeError) as e: raise core.UserError(f"{path} does not fit its card: {str(e).splitlines()[0]}") from None
+        if "pixels" in card.get("captions", ()) and not as_is:
+            from minisora.world import World                                 # here: of all that draws, only such a model needs the world
+            model.detail = World(**card.get("scenes", {})).detail
         return model.to(core.device(device) if device else "cpu").eval()

@@ -79,13 +79,17 @@ def test_one_spread_for_all_channels_still_loads(model, tmp_path):
     assert torch.equal(Sora.from_pretrained(tmp_path).std, 2*torch.eye(8))
 
 
-def test_prompts_can_be_told_in_full(model):
+def test_prompts_can_be_told_in_full(model, tmp_path):
     full = World().detail(PROMPTS[:2], [5, 6])
     direct = model.generate(full, steps=2, seed=5)
     model.detail = World().detail
     assert torch.equal(model.generate(PROMPTS[:2], steps=2, seed=5), direct)
     model.detail = None
     assert (model.generate(PROMPTS[:2], steps=2, seed=5) - direct).abs().max() > 1e-4
+    assert Sora.from_pretrained(model.save_pretrained(tmp_path)).detail is None
+    core.save(tmp_path/"model.safetensors", core.load(tmp_path/"model.safetensors")[0], model.card | dict(captions=["pixels", "short"]))   # taught to be told all
+    assert torch.equal(Sora.from_pretrained(tmp_path).generate(PROMPTS[:2], steps=2, seed=5), direct)
+    assert Sora.from_pretrained(tmp_path, as_is=True).detail is None
 
 
 def test_unknown_words_are_said_once_and_left_out(model):
