@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'LEVELS', 'FORMATS', 'SAMPLER_NAMES', 'LONGEST', 'LARGEST', 'SAID', 'PAGE', 'WORDING', 'BENCH_PARTS',
-           'preset', 'train_sora', 'train_clip', 'train_dalle', 'adjusted', 'tile', 'draw', 'watch', 'Parser', 'number',
-           'device_name', 'check_place', 'place', 'card_of', 'check_card', 'load_sora', 'targets', 'sample', 'train',
-           'train_on', 'rank', 'captioned', 'train_captioner', 'mirrored', 'caption', 'spread', 'variation', 'evaluate',
-           'cards', 'notes', 'curve', 'demo', 'bench', 'ledger', 'parser', 'main']
+           'preset', 'train_sora', 'train_clip', 'train_dalle', 'adjusted', 'tile', 'draw', 'watch', 'plain', 'say',
+           'Parser', 'number', 'device_name', 'check_place', 'place', 'card_of', 'check_card', 'load_sora', 'targets',
+           'sample', 'train', 'train_on', 'rank', 'captioned', 'train_captioner', 'mirrored', 'caption', 'spread',
+           'variation', 'evaluate', 'cards', 'notes', 'curve', 'demo', 'bench', 'ledger', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f6518086
-import argparse, html, json, math, os, re, sys, warnings
+import argparse, html, json, math, os, re, signal, sys, threading, warnings
 from pathlib import Path
 from string import Template
 
@@ -290,6 +290,15 @@ def watch(source, out, n=36):                         # of `train_sora`, folder,
 FORMATS = ".gif", ".png", ".webp", ".mp4"
 SAMPLER_NAMES = "euler", "heun", "ddim"
 
+def plain(text):
+    "A text that cannot write to the terminal."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+def say(text):
+    "One line on stderr, cut where nobody would read on."
+    line = plain(" ".join(str(text).split()))
+    print("minisora:", line if len(line) < 1000 else f"{line[:400]} … {line[-400:]}", file=sys.stderr, flush=True)
+
 class Parser(argparse.ArgumentParser):
     def error(self, message): raise ValueError(f"{message} ({self.prog} --help says more)")
 
@@ -470,6 +479,7 @@ def train_on(device, args, out):                      # torch.device, of the com
 def rank(args):
     "Sort files by how well they fit a prompt."
     if not args.prompt.strip(): raise ValueError("the prompt is empty: expected words")
+    if len(args.prompt) > LONGEST: raise ValueError(f"the prompt is {len(args.prompt):,} characters long: expected at most {LONGEST:,}")
     card_of(args.weights)
     import torch
     from minisora import core
@@ -479,10 +489,10 @@ def rank(args):
     if not model.ids([args.prompt]).any(): raise ValueError(f"prompt is {args.prompt!r}: no word of it was in a training caption of {args.weights}")
     for file in args.file:
         try: clips.append(read_clip(file, 5, model.config.side)); files.append(file)   # a still repeats, a clip is seen at five moments
-        except core.UserError as e: print(f"minisora: left out: {' '.join(str(e).split())}", file=sys.stderr)
+        except core.UserError as e: say(f"note: left out: {e}")
     if not files: raise ValueError(f"none of {len(args.file)} files can be read: expected images or clips")
     scores = model.scores(torch.stack(clips), [args.prompt])[:, 0].tolist()
-    for score, file in sorted(zip(scores, files), key=lambda row: -row[0]): print(f"{score:6.3f}  {file}")
+    for score, file in sorted(zip(scores, files), key=lambda row: -row[0]): print(f"{score:6.3f}  {plain(file)}")
 
 # %% ../nbs/60_cli.ipynb #ca21c002
 SAID = dict(long=.35, short=.2, paraphrase=.2, full=.1, medium=.1, pixels=.05)   # kinds of captions the captioner learns, the first unless another is asked for
@@ -555,19 +565,18 @@ def caption(args):
     from minisora.captioner import Captioner, generate, score
     from minisora.data import SUFFIXES, read_clip
     model, files, done = Captioner.from_pretrained(args.weights, str(core.device(args.device))), [], 0
-    say = lambda line: print("minisora:", " ".join(str(line).split()), file=sys.stderr, flush=True)
     for name in map(Path, args.file):
         inside = [f for f in sorted(name.rglob("*")) if f.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in f.relative_to(name).parts)] if name.is_dir() else [name]
         files += inside
-        if not inside: say(f"{name} holds no clip or image: expected files that end in one of {' '.join(SUFFIXES)}")
+        if not inside: say(f"note: {name} holds no clip or image: expected files that end in one of {' '.join(SUFFIXES)}")
     if args.level is not None and args.level not in model.config.levels: raise ValueError(f"--level is {args.level!r}: expected one of {', '.join(model.config.levels)}")
     for file in files:
         try: clip = read_clip(file, size=model.config.size)[None].to(core.device(args.device))
-        except ValueError as e: say(e); continue
+        except ValueError as e: say(f"note: left out: {e}"); continue
         if (clip == clip[:, :1]).all(): clip = clip[:, :1]            # nothing moves: an image
         (text,) = generate(model, clip, args.level)
         bits, done = -score(model, clip, [text], args.level).item(), done + 1
-        print(json.dumps(dict(file=str(file), caption=text, bits=round(bits, 2)), ensure_ascii=False) if args.json else f"{file}: {text}  ({2**-bits:.0%} sure)", flush=True)
+        print(json.dumps(dict(file=str(file), caption=text, bits=round(bits, 2)), ensure_ascii=False) if args.json else f"{plain(file)}: {text}  ({2**-bits:.0%} sure)", flush=True)
     if not done: raise ValueError(f"nothing to caption: none of {len(files)} files could be read")
 
 # %% ../nbs/60_cli.ipynb #1efde7a1
@@ -847,20 +856,25 @@ def main(
     argv=None,  # list of str; None: the command line's
 ):  # exit code: 0, 2 for the user's mistake, 130 after Ctrl-C
     "Run one command."
-    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()             # a name must not write to the terminal
-    say = lambda text: print("minisora:", "".join(map(plain, " ".join(str(text).split()))), file=sys.stderr)
+    for name in ("stdout", "stderr"):                                  # closed by whoever started us, as by >&-
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # for terminals that know no é and no σ
+    args, term = None, signal.getsignal(signal.SIGTERM)
+    ours = term == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if ours: signal.signal(signal.SIGTERM, signal.default_int_handler)                          # is what Ctrl-C is
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
         try:
             args = parser().parse_args(argv)
-            empty = next((k for k, v in vars(args).items() if v == "" and k != "negative"), None)      # such as --data $FOLDER, never set
+            empty = next((k for k, v in vars(args).items() if v == "" and k not in ("negative", "prompt")), None)      # such as --data $FOLDER, never set
             if empty: raise ValueError(f"--{empty} is empty: expected a value")
             code = args.run(args) or 0
             sys.stdout.flush()
             return code
         except SystemExit as e: return e.code                          # --help and --version
-        except KeyboardInterrupt: say("interrupted"); return 130
+        except KeyboardInterrupt:
+            say("interrupted" + "; what was saved is whole: the same command with --resume goes on from there"*(getattr(args, "command", "") == "train"))
+            return 130
         except BrokenPipeError:                                        # whoever read has gone, as in `minisora ledger | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -874,6 +888,8 @@ def main(
         except ValueError as e:
             say(e)
             return 130 if type(e).__name__ == "Stopped" else 2         # train.Stopped, by name: importing it would import torch
+        finally:
+            if ours: signal.signal(signal.SIGTERM, term)
 
 # %% ../nbs/60_cli.ipynb #1dd1e4e9
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # python -m minisora.cli; a notebook has no file
