@@ -340,19 +340,35 @@ def check_card(name):                                 # as of card_of
     "Refuse a card whose numbers its weights cannot have, before a network of that size is built: it would take hours, or all memory."
     import torch
     from minisora import core
-    from minisora.dit import DiT, DiTConfig
-    from minisora.vae import PatchVAE, VAEConfig
     from minisora.world import World
     file = core.find_weights(name)
     tensors, card = core.load(file)
-    try:
-        for part in ("dit", "vae", "sampling", "scenes"):
-            for k, v in card.get(part, {}).items():
-                top = dict(depth=512, text_depth=512, encoder=512, decoder=512, frames=4096, steps=4096).get(k, 2**14)
-                if isinstance(v, int | float) and not 0 <= v <= top: raise ValueError(f"{part}.{k} is {v}")
-        with torch.device("meta"):
-            size = sum(p.numel() for p in DiT(DiTConfig(**card["dit"])).parameters())
+    def networks():                                   # that its weights are of; others are refused by who loads them
+        from minisora.text import Tokenizer
+        kind, words = card.get("kind"), card.get("words") and Tokenizer(card["words"])
+        if kind == "sora":
+            from minisora.dit import DiT, DiTConfig
+            from minisora.vae import PatchVAE, VAEConfig
             if card["vae"].get("width"): PatchVAE(VAEConfig(**card["vae"]))      # else pixels
+            return DiT(DiTConfig(**card["dit"]))
+        if kind == "dalle":
+            from minisora.dalle import Dalle, DalleConfig
+            from minisora.vq import VQConfig, VQVAE
+            return Dalle(DalleConfig(**card["dalle"]), VQVAE(VQConfig(**card["vq"])), words, card).gpt
+        if kind == "clip":
+            from minisora.clip import CLIP, CLIPConfig
+            return CLIP(CLIPConfig(**card["config"]), words, card)
+        if kind == "captioner":
+            from minisora.captioner import Captioner, CaptionerConfig
+            return Captioner(CaptionerConfig(**card["captioner"]), words, card)
+        return torch.nn.Module()
+    try:
+        for part in ("dit", "vae", "sampling", "scenes", "dalle", "vq", "config", "captioner"):
+            for k, v in card.get(part, {}).items():
+                top = dict(depth=512, text_depth=512, encoder=512, decoder=512, frames=4096, steps=4096, patch=1024).get(k, 2**14)
+                low = 1 if k in ("width", "heads", "text_width", "text_heads", "frames", "patch", "side", "size", "length", "rows", "cols", "text", "embed") and part not in ("vae", "scenes") else 0
+                if isinstance(v, int | float) and not low <= v <= top: raise ValueError(f"{part}.{k} is {v}")
+        with torch.device("meta"): size = sum(p.numel() for p in networks().parameters())
         there = sum(v.numel() for v in tensors.values())
         if size > there: raise ValueError(f"a network of {size:,} numbers, {there:,} are there")
         World(**card.get("scenes", {}))
@@ -364,7 +380,7 @@ def load_sora(name, device=None, as_is=False):        # as Sora.from_pretrained;
     from minisora import core, world
     from minisora.sora import Sora
     card, kind = card_of(name).get("kind"), Sora
-    if card == "sora": check_card(name)
+    if card in ("sora", "dalle"): check_card(name)
     if card == "dalle": from minisora.dalle import Dalle as kind      # images, token by token: drawn and graded through the same doors
     model = kind.from_pretrained(name, str(core.device(device)))
     if model.card.get("data") == "world" and model.card.get("world") != world.VERSION:
@@ -480,7 +496,7 @@ def rank(args):
     "Sort files by how well they fit a prompt."
     if not args.prompt.strip(): raise ValueError("the prompt is empty: expected words")
     if len(args.prompt) > LONGEST: raise ValueError(f"the prompt is {len(args.prompt):,} characters long: expected at most {LONGEST:,}")
-    card_of(args.weights)
+    check_card(args.weights)
     import torch
     from minisora import core
     from minisora.clip import CLIP
@@ -560,7 +576,7 @@ def mirrored(scenes):                                 # two sprites in the other
 # %% ../nbs/60_cli.ipynb #ca21c003
 def caption(args):
     "Say what files show, one line each; whatever cannot be read is told on stderr."
-    card_of(args.weights)
+    check_card(args.weights)
     from minisora import core
     from minisora.captioner import Captioner, generate, score
     from minisora.data import SUFFIXES, read_clip

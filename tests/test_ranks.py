@@ -196,7 +196,7 @@ def test_torchrun_killed_and_resumed(tmp_path, shard):
                 where[f"{'torchrun and all ranks' if len(whom) > 2 else 'a rank'}, {step}"] += 1
             said = p.communicate()[1]
         assert p.returncode == 0 or len(lines([said])) <= 1, said
-    subprocess.run([sys.executable, "-m", "minisora.cli", *command[:-1] if shard else command, "--out", str(tmp_path / "one")], cwd=ROOT, env=env, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "minisora.cli", *(command[:-1] if shard else command), "--out", str(tmp_path / "one")], cwd=ROOT, env=env, check=True, capture_output=True)
     a, b, one = (core.load(folder / "model.safetensors")[0] for folder in (out, tmp_path / "whole", tmp_path / "one"))
     equal = all(torch.equal(a[k], b[k]) for k in b) and a.keys() == b.keys()
     keep(f"torchrun, two ranks, {'sharded' if shard else 'replicated'}", where.total(), 1, where, equal)
