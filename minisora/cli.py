@@ -345,7 +345,7 @@ def check_card(name):                                 # as of card_of
     tensors, card = core.load(file)
     def networks():                                   # that its weights are of; others are refused by who loads them
         from minisora.text import Tokenizer
-        kind, words = card.get("kind"), card.get("words") and Tokenizer(card["words"])
+        kind, words = card.get("kind"), Tokenizer(card.get("words") or [])
         if kind == "sora":
             from minisora.dit import DiT, DiTConfig
             from minisora.vae import PatchVAE, VAEConfig
@@ -357,6 +357,7 @@ def check_card(name):                                 # as of card_of
             return Dalle(DalleConfig(**card["dalle"]), VQVAE(VQConfig(**card["vq"])), words, card).gpt
         if kind == "clip":
             from minisora.clip import CLIP, CLIPConfig
+            if not words.words: raise ValueError("it lists no words")     # published weights, whose tokenizer is not ours
             return CLIP(CLIPConfig(**card["config"]), words, card)
         if kind == "captioner":
             from minisora.captioner import Captioner, CaptionerConfig
@@ -367,11 +368,13 @@ def check_card(name):                                 # as of card_of
             for k, v in card.get(part, {}).items():
                 top = dict(depth=512, text_depth=512, encoder=512, decoder=512, frames=4096, steps=4096, patch=1024).get(k, 2**14)
                 low = 1 if k in ("width", "heads", "text_width", "text_heads", "frames", "patch", "side", "size", "length", "rows", "cols", "text", "embed") and part not in ("vae", "scenes") else 0
+                kind = (int, float) if k != "sampler" else str
+                if part == "sampling" and not (isinstance(v, kind) or v is None and k in ("top_k", "top_p")): raise ValueError(f"{part}.{k} is {v!r}")
                 if isinstance(v, int | float) and not low <= v <= top: raise ValueError(f"{part}.{k} is {v}")
         with torch.device("meta"): size = sum(p.numel() for p in networks().parameters())
         there = sum(v.numel() for v in tensors.values())
         if size > there: raise ValueError(f"a network of {size:,} numbers, {there:,} are there")
-        World(**card.get("scenes", {}))
+        World(**card["scenes"] if "pixels" in card.get("captions", ()) else card.get("scenes", {}))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{file} does not fit its card: {(str(e).splitlines() or [type(e).__name__])[0][:200]}") from None
 

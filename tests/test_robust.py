@@ -256,6 +256,19 @@ def test_cards_found(weights, tmp_path, part, key, value):
     assert code == 2 and "does not fit its card" in lines[-1]
 
 
+@pytest.mark.parametrize("name, part, key, value", [("clip", "words", None, ""), ("clip", "config", "depth", 10**9), ("clip", "config", "heads", 0), ("captioner", "captioner", "width", 10**6), ("captioner", "captioner", "frames", 0),
+                                                    ("captioner", "words", None, 3), ("dalle", "dalle", "depth", 10**9), ("dalle", "vq", "codes", -1), ("dalle", "sampling", "cfg_scale", [1]), ("dalle", "sampling", "steps", "x"), ("dalle", "scenes", None, ...)])
+def test_cards_of_others(clips, tmp_path, name, part, key, value):
+    for f in core.WEIGHTS.glob(f"{name}*"):
+        if f.stem.partition("-")[0] == name: shutil.copy(f, tmp_path / f.name.replace(name, "model", 1))
+    card = json.loads((tmp_path / "model.json").read_text())
+    put(card, (part, key) if key else (part,), value)
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    command = dict(clip=["rank", "a red circle", clips / "0.png"], captioner=["caption", clips / "0.png"], dalle=["sample", "a red circle", "--out", tmp_path / "a.png"])[name]
+    code, lines = minisora(*command, "--weights", tmp_path, "--device", "cpu")
+    assert code == 2 and "does not fit its card" in lines[-1] and not (tmp_path / "a.png").exists()
+
+
 @mutations(15)
 @given(st.lists(st.tuples(st.integers(0, 5), st.one_of(RAW, st.tuples(st.just("card"), st.integers(0, 10**6), VALUES))), min_size=1, max_size=3))
 def test_spoiled_checkpoints(half, tmp_path_factory, spoils):
