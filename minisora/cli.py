@@ -499,6 +499,7 @@ def rank(args):
     "Sort files by how well they fit a prompt."
     if not args.prompt.strip(): raise ValueError("the prompt is empty: expected words")
     if len(args.prompt) > LONGEST: raise ValueError(f"the prompt is {len(args.prompt):,} characters long: expected at most {LONGEST:,}")
+    card_of(args.weights)                             # says at once, without torch, that there are none
     check_card(args.weights)
     import torch
     from minisora import core
@@ -579,6 +580,7 @@ def mirrored(scenes):                                 # two sprites in the other
 # %% ../nbs/60_cli.ipynb #ca21c003
 def caption(args):
     "Say what files show, one line each; whatever cannot be read is told on stderr."
+    card_of(args.weights)                             # says at once, without torch, that there are none
     check_card(args.weights)
     from minisora import core
     from minisora.captioner import Captioner, generate, score
