@@ -880,13 +880,15 @@ def main(
     for name in ("stdout", "stderr"):                                  # closed by whoever started us, as by >&-
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # for terminals that know no é and no σ
-    args, term = None, signal.getsignal(signal.SIGTERM)
-    ours = term == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
-    if ours: signal.signal(signal.SIGTERM, signal.default_int_handler)                          # is what Ctrl-C is
+    args, here = None, threading.current_thread() is threading.main_thread()
+    old = {kind: was for kind in (signal.SIGINT, signal.SIGTERM) if here and (was := signal.getsignal(kind)) in (signal.SIG_DFL, signal.SIG_IGN)}
+    for kind in old: signal.signal(kind, signal.default_int_handler)   # SIGTERM is what Ctrl-C is, which a shell's `&` would have us not hear
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
         try:
             args = parser().parse_args(argv)
+            try: os.getcwd()
+            except OSError: raise ValueError("the current folder is gone: go to one that exists") from None
             empty = next((k for k, v in vars(args).items() if v == "" and k not in ("negative", "prompt")), None)      # such as --data $FOLDER, never set
             if empty: raise ValueError(f"--{empty} is empty: expected a value")
             code = args.run(args) or 0
@@ -904,13 +906,13 @@ def main(
             say("out of memory: expected a smaller --batch, or fewer frames and pixels")
             return 2
         except OSError as e:                                           # a disk that is full, a name that is too long
-            say(f"{e.filename or 'a file'}: {e.strerror or e}")
+            say(f"{e.filename or 'standard output, or a file'}: {e.strerror or e}")
             return 2
         except ValueError as e:
             say(e)
             return 130 if type(e).__name__ == "Stopped" else 2         # train.Stopped, by name: importing it would import torch
         finally:
-            if ours: signal.signal(signal.SIGTERM, term)
+            for kind, was in old.items(): signal.signal(kind, was)
 
 # %% ../nbs/60_cli.ipynb #1dd1e4e9
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # python -m minisora.cli; a notebook has no file

@@ -371,6 +371,20 @@ def test_a_stop_outside_of_the_loop(tmp_path, monkeypatch, kind):
     assert lines[-1] == "minisora: interrupted" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_folder_that_is_gone_and_a_signal_that_was_ignored(tmp_path, monkeypatch):
+    "A shell's `&` starts a program deaf to SIGINT; who sends it all the same wants it to stop."
+    monkeypatch.setattr(cli, "train_sora", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert "--resume" in minisora(*TRAIN, "--out", tmp_path / "run", codes=(130,))[1][-1]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally: signal.signal(signal.SIGINT, old)
+    (tmp_path / "gone").mkdir()
+    with contextlib.chdir(tmp_path):
+        os.chdir("gone"); os.rmdir(tmp_path / "gone")
+        assert "the current folder is gone" in minisora("ledger", codes=(2,))[1][-1]
+
+
 def test_closed_streams(monkeypatch):
     for name in ("stdout", "stderr"): monkeypatch.setattr(sys, name, None)
     assert cli.main(["ledger"]) == 0 and cli.main(["train"]) == 2
