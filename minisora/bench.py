@@ -375,7 +375,7 @@ def run(
         growth=lambda: growth([64 * 2**k for k in range(0, 7 if quick else 9)], 3, device))
     if wrong := set(only) - set(work): raise core.UserError(f"no part is called {', '.join(sorted(wrong))}: expected some of {', '.join(work)}")
     if known:
-        same = lambda r: (r["quick"], {k: v for k, v in r["machine"].items() if k != "load"})
+        same = lambda r: isinstance(r, dict) and all(isinstance(r.get(k), dict) for k in ("machine", "minutes")) and (r.get("quick"), {k: v for k, v in r["machine"].items() if k != "load"})
         if same(known) != same(result): raise core.UserError("the earlier result is of another machine, other versions or another size: expected the same, or another file")
         result = {**known, **result, "minutes": known["minutes"]}
     for name, part in work.items():

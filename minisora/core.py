@@ -97,6 +97,7 @@ def write_atomic(
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         _sync(aside)
         _rename(aside, path)
+    except KeyboardInterrupt: aside.unlink(missing_ok=True); raise
     except OSError as e:
         aside.unlink(missing_ok=True) if path.parent.is_dir() else None
         raise UserError(f"cannot write {path}: {e.strerror or e}") from None

@@ -192,15 +192,16 @@ class Stopped(core.UserError):
 
 @contextmanager
 def stop_politely():
-    "Inside, the first Ctrl-C or SIGTERM sets the event that is given, the second does what it always did."
+    "Inside, the first Ctrl-C or SIGTERM sets the event that is given, the second does what it always did; so does one that came too late to be answered (by `clear`)."
     asked, old = threading.Event(), {}
     def back():
         for kind in list(old): signal.signal(kind, old.pop(kind) or signal.SIG_DFL)
-    def ask(*_): asked.set(); back()
+    def ask(kind, _): asked.kind = kind; asked.set(); back()
     if threading.current_thread() is threading.main_thread():     # elsewhere Python has no signals
         for kind in (signal.SIGINT, signal.SIGTERM): old[kind] = signal.signal(kind, ask)
     try: yield asked
     finally: back()
+    if asked.is_set(): signal.raise_signal(asked.kind)
 
 # %% ../nbs/07_train.ipynb #4f6da597
 @torch.no_grad()
@@ -240,10 +241,10 @@ def ranks(device: torch.device):  # gives the device of this rank
                 silence = stack.enter_context(open(os.devnull, "w"))
                 for redirect in (redirect_stdout, redirect_stderr): stack.enter_context(redirect(silence))
             yield device
-    except (ValueError, RuntimeError) as e:
-        if not (lost(e) or isinstance(e, ValueError)): raise                             # a bug
+    except (KeyboardInterrupt, ValueError, RuntimeError) as e:
+        if not (lost(e) or isinstance(e, (KeyboardInterrupt, ValueError))): raise        # a bug
         with suppress(Exception):                                                        # the store may have gone with rank 0
-            if store.add("said", 1) > 1: raise SystemExit(130 if isinstance(e, Stopped) else 2)
+            if store.add("said", 1) > 1: raise SystemExit(130 if isinstance(e, (KeyboardInterrupt, Stopped)) else 2)
         if not lost(e): raise
         raise core.UserError(f"rank {me} of {n} lost another rank, so all stop; what was saved is whole: the same command with --resume goes on from there") from None
     finally: dist.destroy_process_group()
@@ -338,6 +339,9 @@ def fit(
             values.append([torch.as_tensor(v).item() for v in value])
         return over_ranks([sum(v) / len(mine) for v in zip(*values)], device)
 
+    def refuse(i, what, bad):
+        raise core.UserError(f"step {i + 1}: {what}; not finite first: {bad}. What was saved is whole: look at that tensor, or begin again with a lower lr than {r.lr}")
+
     def step(i):
         "Loss, backward, clip, step, average."
         nonlocal compiled
@@ -355,9 +359,7 @@ def fit(
         if not math.isfinite(values[0] + norm):
             with ordinary(dict(model.named_parameters())) if shard else nullcontext(): bad = next(filter(None, (first_bad(model, loss, batch(k)) for k in numbers(i))), None)
             if n > 1 and (bad or "the gradient").startswith("the gradient"): dist.barrier()   # gradients are shared: who found it in its own rows speaks, and this rank ends with that one
-            bad = bad or "the gradients' length"
-            raise core.UserError(f"step {i + 1}: the loss is {values[0]:.4g}, the gradient {norm:.4g} long; not finite first: {bad}. "
-                                 f"What was saved is whole: look at that tensor, or begin again with a lower lr than {r.lr}")
+            refuse(i, f"the loss is {values[0]:.4g}, the gradient {norm:.4g} long", bad or "the gradients' length")
         clip_grads_with_norm_(weights, r.clip, norm)
         for o in opts:
             for group in o.param_groups: group["lr"] = schedule(i, r) * (r.muon if isinstance(o, torch.optim.Muon) else 1)
@@ -399,16 +401,21 @@ def fit(
                     bar.set_postfix_str(f"{mean:.4f}")
                     if log: log.write(done, loss=mean, parts=parts, norm=norm, lr=schedule(i, r))
                 regular = done % r.save_every == 0 or done == r.steps
+                stop = over_ranks([float(asked.is_set())], device)[0] > 0           # whoever was asked, all stop at the same step
+                if regular or stop:                                                 # what is not finite must not take the place of what is
+                    bad = next((k for k, p in model.named_parameters() if not local(p).isfinite().all()), None)
+                    if over_ranks([float(bad is not None)], device)[0]:
+                        if bad is None: dist.barrier()                              # whoever holds it speaks, and this rank ends with that one
+                        refuse(i, "the optimizer left the numbers", f"the weight {bad}")
                 if hook and regular:
                     pause = time.monotonic()
                     with ordinary(average): seen = None if me else hook(done, model)
                     if log: log.began += time.monotonic() - pause
                     if log and seen: log.write(done, **seen)
-                stop = over_ranks([float(asked.is_set())], device)[0] > 0           # whoever was asked, all stop at the same step
                 if files and (regular or stop):
                     whole = state_tensors(model, average, opts)
                     if not me: files.save(done, whole, dict(facts, flops=flops, compiled=compiled, recent=recent))
-                if stop and done < r.steps:
+                if stop and done < r.steps:                                         # else it is passed on, to whatever comes next
                     raise Stopped(f"stopped after step {done} of {r.steps}" + ("; saved: the same command with --resume goes on from there" if files else ""))
     if shard:
         with ordinary(average): pass                            # fills `plain`, which the model becomes for good

@@ -16,8 +16,10 @@ from types import SimpleNamespace
 
 import torch
 from einops import rearrange
+from torch import nn
 
 from minisora import bayes, cli, core
+from minisora.bench import middle, race
 from minisora.dalle import Dalle, DalleConfig, complete, start_from_patches
 from minisora.data import WorldClips
 from minisora.dit import DiT
@@ -25,7 +27,7 @@ from minisora.flow import flow_loss, guide, sample_euler, sample_times
 from minisora.information import LOGSNR, information, measure
 from minisora.sora import Sora
 from minisora.text import Tokenizer
-from minisora.train import Recipe, fit
+from minisora.train import Recipe, fit, optimizers
 from minisora.vq import VQConfig, VQVAE
 from minisora.world import COLORS, LEVELS, SHAPES, VERSION, World, grade, read
 
@@ -290,6 +292,85 @@ def abilities(
                 skills={k: round(100*v.float().mean().item(), 2) for k, v in skills.items()})
 
 
+# --- peer (claim 0, chapter 50): our DiT and a video U-Net on the same latents and captions, for the same time on one core
+
+class UNet(nn.Module):
+    "The video U-Net of diffusers ([Ronneberger 2015](https://arxiv.org/abs/1505.04597), with attention over space, time and text) in a DiT's place; captions are read by the same blocks as a DiT's."
+    def __init__(self, channels, vocab, text_width, widths):
+        super().__init__()
+        from diffusers import UNet3DConditionModel
+        from diffusers.models.attention_processor import AttnProcessor
+        n, self.config = len(widths) - 1, SimpleNamespace(channels=channels)
+        self.reader = DiT(channels, vocab=vocab, width=8, depth=0, text_width=text_width)  # of whose trunk nothing is used
+        self.net = UNet3DConditionModel(in_channels=channels, out_channels=channels, block_out_channels=widths, layers_per_block=1, norm_num_groups=16, cross_attention_dim=text_width, attention_head_dim=4,
+                                        down_block_types=("CrossAttnDownBlock3D",)*n + ("DownBlock3D",), up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",)*n)
+        self.net.set_attn_processor(AttnProcessor())  # attention written out: for sequences this short faster than the fused one on a CPU, by a quarter
+
+    def forward(self, x, t, text=None):  # as of a DiT
+        words, seen = self.reader.read(len(x), text)
+        v = self.net(rearrange(x, "b f c h w -> b c f h w"), 1000*torch.as_tensor(t, device=x.device).expand(len(x)), encoder_hidden_states=words*seen[..., None]).sample
+        return rearrange(v, "b c f h w -> b f c h w").float()
+
+
+PEERS = {"DiT, Muon + AdamW": 4., "DiT, AdamW": 0., "U-Net, AdamW": 0.}  # Muon's rate in units of lr
+
+
+@lru_cache
+def _peers():
+    "What every point shares: latents of many clips by the VAE that ships, their captions, the networks, and the seconds of a step of each, measured in turns."
+    torch.set_num_threads(1)  # then a second is the processor's, which other programs hardly lengthen
+    world, sora, g = World(), Sora.from_pretrained("t2v", core.device()), core.generator(0)
+    pool, batch, source, z, said = core.at_scale(test=16, cpu=12_000, gpu=100_000), core.at_scale(test=4, cpu=64, gpu=256), WorldClips(world, cli.LEVELS), [], []
+    bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+    for _ in range(0, pool, 200):
+        few = source.batch(g, min(200, pool), captions=4)
+        z.append(sora.latents(few["clips"].to(sora.device)).half().cpu()); said += [c for row in few["captions"] for c in row]
+    z, ids = torch.cat(z), sora.ids(said).cpu().view(len(said)//4, 4, -1)
+
+    def new(what, seed):
+        torch.manual_seed(seed)
+        c = sora.dit.config
+        net = UNet(c.channels, c.vocab, c.text_width, core.at_scale(test=(16, 16), cpu=(64, 112), gpu=(64, 112))) if what.startswith("U-Net") else DiT(replace(c, depth=core.at_scale(test=1, cpu=c.depth, gpu=c.depth)))
+        model = Sora(net, sora.vae, sora.tokenizer, dict(sampling=sora.card["sampling"])).to(sora.device)
+        model.mean.copy_(sora.mean); model.std.copy_(sora.std)
+        model.detail = world.detail
+        return model
+
+    def draw(g, n=batch):
+        i, k = torch.randint(len(z), (n,), generator=g), torch.randint(4, (n,), generator=g)
+        return dict(latents=z[i].float(), eps=torch.randn(n, *z.shape[1:], generator=g), t=sample_times(n, 2.5, g), text=ids[i, k])
+
+    def step(what):
+        model, b = new(what, 0), {k: v.to(sora.device) for k, v in draw(core.generator(0)).items()}
+        opts = optimizers(model.dit, Recipe(muon=PEERS[what]))
+        def run():
+            with torch.autocast(sora.device.type, torch.bfloat16, enabled=bf16): value = model.loss(**b)
+            value.backward()
+            for o in opts: o.step(); o.zero_grad()
+        return run
+    times = race({what: step(what) for what in PEERS}, core.at_scale(test=1, cpu=5, gpu=20), sora.device)
+    return SimpleNamespace(world=world, sora=sora, new=new, draw=draw, bf16=bf16, batch=batch, vae=sora.card["vae_sha256"][:12], seconds={k: middle(v) for k, v in times.items()})
+
+
+def peer(
+    what,  # of `PEERS`
+    lr,  # of both optimizers
+    seed,  # of weights, batches and prompts
+):
+    "Train for the same seconds, counted in steps by what a step takes; loss on unseen clips (velocity, weighted as in training) and percent right of unseen long prompts, by attribute."
+    d, n, budget = _peers(), core.at_scale(test=4, cpu=384, gpu=1024), core.at_scale(test=.1, cpu=100, gpu=100)
+    model, steps = d.new(what, seed), max(2, round(budget/d.seconds[what]["median"]))
+    recipe = Recipe(steps=steps, lr=lr, warmup=min(50, steps//4), muon=PEERS[what], ema=.99, bf16=d.bf16, compile=False, seed=seed)
+    began = time.process_time()
+    run = fit(model.dit, model.loss, d.draw, recipe, name=f"{what}, {lr}, seed {seed}")
+    took, scenes, g = time.process_time() - began, d.world.sample(n, core.generator(2**40 + seed)), core.generator(2**41 + seed)
+    z = d.sora.latents(d.world.render(scenes).to(model.device))
+    with torch.no_grad(): loss = model.loss(z, torch.randn(z.shape, generator=g).to(z.device), sample_times(n, 2.5, g).to(z.device), model.ids(d.world.caption(scenes))).item()
+    drawn = cli.draw(model, d.world.caption(scenes), [n*seed + k for k in range(n)], quiet=True)
+    return dict(budget=budget, processor_seconds=round(took, 1), seconds_a_step=d.seconds[what], steps=steps, batch=d.batch, flops=run["flops"], parameters=core.num_params(model.dit), loss=round(loss, 5), n=n,
+                right={k: round(100*v.rate, 3) for k, v in grade(drawn, scenes).rates.items()}, vae=d.vae, bf16=d.bf16, compiled=False)
+
+
 # --- raven (claim 4, chapter 13): the ninth cell, drawn and chosen, by size of model
 
 @lru_cache
@@ -322,6 +403,7 @@ def points():
                 abilities=(abilities, [dict(width=w, seed=seed) for seed in (0, 1, 2) for w in core.at_scale(test=(16,), cpu=tuple(WIDTHS), gpu=(*WIDTHS,))]),
                 drawing=(drawing, [dict(what=w, seed=seed) for w, seeds in DRAWING.items() for seed in seeds]),
                 levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]),
+                peer=(peer, [dict(what=what, lr=lr, seed=0) for what, lr in (("DiT, Muon + AdamW", 2e-3), ("U-Net, AdamW", 2e-3), ("DiT, AdamW", 2e-3), ("U-Net, AdamW", 5e-4))]),
                 raven=(raven, [dict(size=size, seed=seed, without="") for seed in core.at_scale(test=(0,), cpu=(0, 1, 2), gpu=(0, 1, 2)) for size in ("3k", "18k", "63k", "0.2M", "0.8M")] + [dict(size="63k", seed=0, without="color distribute three")]))
 
 

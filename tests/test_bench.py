@@ -175,6 +175,8 @@ def test_parts_are_added_to_what_is_known():
     two = bench.run(quick=True, device="cpu", only=("bf16",), known=one, say=lambda text: None)
     assert two["gpu"] == "not measured" and set(two["minutes"]) == {"gpu", "bf16"}
     with pytest.raises(core.UserError, match="another machine"): bench.run(quick=False, device="cpu", only=("gpu",), known=one)
+    for torn in (3, [1], dict(peak=3), dict(machine=3, minutes={}), dict(one, minutes=None)):
+        with pytest.raises(core.UserError, match="another machine"): bench.run(quick=True, device="cpu", only=("gpu",), known=torn)
     with pytest.raises(core.UserError, match="no part is called speed"): bench.run(device="cpu", only=("speed",))
 
 

@@ -2,7 +2,9 @@
 
 MINISORA_LONG=1 also kills ranks of the command line's training at random moments.
 """
-import math, os, random, re, signal, socket, subprocess, sys, time
+import math, os, random, re, shutil, signal, socket, subprocess, sys, time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from minisora import core
 from minisora.train import Checkpoints, Engine, Recipe, Stopped, fit, rank, ranks, read_log
+from test_train import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(steps=12, warmup=4, save_every=4, log_every=3, compile=False, seed=5)
@@ -170,20 +173,33 @@ def test_what_ranks_refuse(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not os.environ.get("MINISORA_LONG"), reason="long: torchrun, killed at random moments")
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
 def test_torchrun_killed_and_resumed(tmp_path, shard):
-    rng, out, kills = random.Random(1), tmp_path / "run", 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "minisora.cli", *TRAIN, "--steps", "40", "--out", str(out), "--resume", *shard]
+    "A rank, or torchrun with all its ranks, is killed; the run ends in the bytes of one that nobody killed, whose losses are those of one process."
+    import psutil
+    rng, out, wanted, where = random.Random(1), tmp_path / "run", int(os.environ.get("MINISORA_KILLS", 8)), Counter()
+    command = [*TRAIN, "--steps", "40", "--resume", *shard]
+    started = lambda out: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "minisora.cli", *command, "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    while not (out / "model.json").exists():
-        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-            import psutil
-            time.sleep(rng.uniform(5, 40))
-            workers = [c for c in psutil.Process(p.pid).children() if "minisora.cli" in c.cmdline()] if p.poll() is None and kills < 4 else []
-            if workers: kills += 1; rng.choice(workers).kill()
+    began = time.monotonic()
+    subprocess.run(started(tmp_path / "whole"), cwd=ROOT, env=env, check=True, capture_output=True)
+    took = time.monotonic() - began
+    while where.total() < wanted or not (out / "model.json").exists():
+        if (out / "model.json").exists(): shutil.rmtree(out)
+        with subprocess.Popen(started(out), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+            if where.total() < wanted:
+                with suppress(subprocess.TimeoutExpired): p.wait(rng.uniform(.2, 1) * took)
+            workers = [c for c in psutil.Process(p.pid).children() if "minisora.cli" in c.cmdline()] if p.poll() is None and where.total() < wanted else []
+            if workers:
+                whom = rng.choice([workers[:1], workers[1:], [psutil.Process(p.pid), *workers]])
+                for process in whom:
+                    with suppress(psutil.NoSuchProcess): process.kill()
+                step = max([f"{f.parent.name} at step {int(f.stem[5:])}" for f in out.glob("*/step-*.json")], default="before the first checkpoint")
+                where[f"{'torchrun and all ranks' if len(whom) > 2 else 'a rank'}, {step}"] += 1
             said = p.communicate()[1]
-        assert p.returncode == 0 or len(lines([said])) <= 1
-    one = tmp_path / "one"
-    subprocess.run([sys.executable, "-m", "minisora.cli", *TRAIN, "--steps", "40", "--out", str(one)], cwd=ROOT, env=env, check=True, capture_output=True)
-    a, b = core.load(out / "model.safetensors")[0], core.load(one / "model.safetensors")[0]
-    assert kills and {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
-    losses = [[l["loss"] for l in read_log(folder / "vae") if "loss" in l] for folder in (out, one)]
+        assert p.returncode == 0 or len(lines([said])) <= 1, said
+    subprocess.run([sys.executable, "-m", "minisora.cli", *(command[:-1] if shard else command), "--out", str(tmp_path / "one")], cwd=ROOT, env=env, check=True, capture_output=True)
+    a, b, one = (core.load(folder / "model.safetensors")[0] for folder in (out, tmp_path / "whole", tmp_path / "one"))
+    equal = all(torch.equal(a[k], b[k]) for k in b) and a.keys() == b.keys()
+    keep(f"torchrun, two ranks, {'sharded' if shard else 'replicated'}", where.total(), 1, where, equal)
+    assert equal and {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in one.items()}
+    losses = [[l["loss"] for l in read_log(folder / "vae") if "loss" in l] for folder in (out, tmp_path / "one")]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2, atol=2e-3)

@@ -256,6 +256,19 @@ def test_cards_found(weights, tmp_path, part, key, value):
     assert code == 2 and "does not fit its card" in lines[-1]
 
 
+@pytest.mark.parametrize("name, part, key, value", [("clip", "words", None, ""), ("clip", "config", "depth", 10**9), ("clip", "config", "heads", 0), ("captioner", "captioner", "width", 10**6), ("captioner", "captioner", "frames", 0),
+                                                    ("captioner", "words", None, 3), ("dalle", "dalle", "depth", 10**9), ("dalle", "vq", "codes", -1), ("dalle", "sampling", "cfg_scale", [1]), ("dalle", "sampling", "steps", "x"), ("dalle", "scenes", None, ...)])
+def test_cards_of_others(clips, tmp_path, name, part, key, value):
+    for f in core.WEIGHTS.glob(f"{name}*"):
+        if f.stem.partition("-")[0] == name: shutil.copy(f, tmp_path / f.name.replace(name, "model", 1))
+    card = json.loads((tmp_path / "model.json").read_text())
+    put(card, (part, key) if key else (part,), value)
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    command = dict(clip=["rank", "a red circle", clips / "0.png"], captioner=["caption", clips / "0.png"], dalle=["sample", "a red circle", "--out", tmp_path / "a.png"])[name]
+    code, lines = minisora(*command, "--weights", tmp_path, "--device", "cpu")
+    assert code == 2 and "does not fit its card" in lines[-1] and not (tmp_path / "a.png").exists()
+
+
 @mutations(15)
 @given(st.lists(st.tuples(st.integers(0, 5), st.one_of(RAW, st.tuples(st.just("card"), st.integers(0, 10**6), VALUES))), min_size=1, max_size=3))
 def test_spoiled_checkpoints(half, tmp_path_factory, spoils):
@@ -296,11 +309,11 @@ def half(tmp_path_factory):
 
 WORDS = st.one_of(st.sampled_from(["", "-1", "0", "1", "nan", "1e999", "9" * 40, "../../up", "a\tb", "é", "\x1b[2J", "~", "%00", "--", "-h", "x" * 5000, "\ud800", "cpu", "cuda:99", "world", "tiny", "figure", "in/a.gif", "in", "out", "out/x.gif", "nul"]), st.text(max_size=12))
 OPTIONS = ["--out", "--seed", "--weights", "--steps", "--cfg-scale", "--frames", "--height", "--width", "--scale", "--fps", "--grid", "--force", "--prompts", "--negative", "--preset", "--data", "--batch", "--lr",
-           "--save-every", "--resume", "--bf16", "--shard", "--n", "--seeds", "--level", "--split", "--json", "--readme", "--seconds", "--device", "--sampler"]
+           "--save-every", "--resume", "--bf16", "--shard", "--n", "--seeds", "--level", "--split", "--json", "--readme", "--seconds", "--device", "--sampler", "--only", "--quick"]
 
 
-@mutations(60)
-@given(st.sampled_from(["sample", "train", "eval", "ledger", "demo", ""]), st.lists(st.tuples(st.sampled_from(OPTIONS), WORDS), max_size=5), st.lists(WORDS, max_size=2), st.booleans())
+@mutations(90)
+@given(st.sampled_from(["sample", "train", "eval", "ledger", "demo", "rank", "caption", "bench", ""]), st.lists(st.tuples(st.sampled_from(OPTIONS), WORDS), max_size=5), st.lists(WORDS, max_size=2), st.booleans())
 def test_any_command_line(weights, clips, tmp_path_factory, command, options, words, sound):
     home = tmp_path_factory.getbasetemp() / "command"
     shutil.rmtree(home, ignore_errors=True)
@@ -310,7 +323,7 @@ def test_any_command_line(weights, clips, tmp_path_factory, command, options, wo
     if sound: args += dict(sample=["--out", "out/", "a red circle"], train=["--preset", "tiny", "--out", "out"]).get(command, [])
     blank = lambda model, prompts, seeds, quiet=False, **kw: torch.zeros(len(prompts), 1, 3, 8, 8)
     def stop(*_, **__): raise core.UserError("no weights here")
-    with contextlib.chdir(home / "a" / "b"), patch.object(cli, "draw", blank), patch.object(cli, "train_sora", look), patch.object(cli, "evaluate", stop), patch.object(cli, "demo", stop), patch.object(cli, "load_sora", lambda *_: None):
+    with contextlib.chdir(home / "a" / "b"), patch.object(cli, "draw", blank), patch.object(cli, "train_sora", look), patch.object(cli, "evaluate", stop), patch.object(cli, "demo", stop), patch.object(cli, "load_sora", lambda *_: None), patch("minisora.bench.run", lambda *_, **__: {}):
         minisora(*args)
     assert {f.name for f in home.iterdir()} == {"a"} and {f.name for f in (home / "a").iterdir()} == {"b"}, "written outside"
     no_leftovers(home)
@@ -321,11 +334,60 @@ def test_any_command_line(weights, clips, tmp_path_factory, command, options, wo
     (["sample", "a", "--out", "x" * 300 + ".gif"], "name too long|No such|cannot write"),
     (["sample", "a", "--out", "o/", "--frames", 2**20], "pixels"),
     (["sample", "a", "--out", "o/", "--height", 2**19, "--width", 2**19], "pixels"),
-    (["train", "--preset", "tiny", "--out", "o", "--batch", 10**9], "--batch")])
+    (["train", "--preset", "tiny", "--out", "o", "--batch", 10**9], "--batch"),
+    (["rank", "red " * 300_000, "a.gif"], "1,200,000 characters"),
+    (["rank", "", "a.gif"], "prompt is empty"),
+    (["caption", "--weights", "x" * 5000, "a.gif"], "name too long|no weights"),
+    (["bench", "--only", "peak", "--out", "a" * 300 + ".json"], "name too long|cannot write")])
 def test_commands_found(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     code, lines = minisora(*args)
     assert code == 2 and re.search(words, lines[-1]) and not list(tmp_path.iterdir())
+
+
+def test_names_never_write_to_the_terminal(clips, tmp_path, capsys):
+    for name in ("\x1b[2Ja.gif", "b\n.gif", "\x07torn.gif"): (tmp_path / name).write_bytes((clips / "1.gif").read_bytes()[:None if "torn" not in name else 20])
+    for command in (["caption", tmp_path], ["caption", tmp_path, "--json"], ["rank", "a red circle", *sorted(tmp_path.iterdir())]):
+        assert cli.main([*map(str, command)]) == 0
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == 2 and all(c.isprintable() or c == "\n" for c in said.out)
+        line, = [l for l in said.err.splitlines() if l.startswith("minisora: ")]
+        assert line.startswith("minisora: note: left out: ") and r"\x07torn.gif" in line
+
+
+def test_a_line_is_not_a_page():
+    code, lines = minisora("sample", "--weights", "y" * 100_000, "a", "--out", "o.gif")
+    assert code == 2 and len(lines[-1]) < 1100
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_outside_of_the_loop(tmp_path, monkeypatch, kind):
+    "Before the first step, between the stages, after the last: a line that says how to go on, and the handlers are as before."
+    monkeypatch.setattr(cli, "train_sora", lambda *_, **__: signal.raise_signal(kind))
+    code, lines = minisora(*TRAIN, "--out", tmp_path / "run", codes=(130,))
+    assert lines[-1] == "minisora: interrupted; what was saved is whole: the same command with --resume goes on from there"
+    monkeypatch.setattr(cli, "targets", lambda *_: signal.raise_signal(kind))
+    code, lines = minisora("sample", "a", "--out", tmp_path / "a.gif", codes=(130,))
+    assert lines[-1] == "minisora: interrupted" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_folder_that_is_gone_and_a_signal_that_was_ignored(tmp_path, monkeypatch):
+    "A shell's `&` starts a program deaf to SIGINT; who sends it all the same wants it to stop."
+    monkeypatch.setattr(cli, "train_sora", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert "--resume" in minisora(*TRAIN, "--out", tmp_path / "run", codes=(130,))[1][-1]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally: signal.signal(signal.SIGINT, old)
+    (tmp_path / "gone").mkdir()
+    with contextlib.chdir(tmp_path):
+        os.chdir("gone"); os.rmdir(tmp_path / "gone")
+        assert "the current folder is gone" in minisora("ledger", codes=(2,))[1][-1]
+
+
+def test_closed_streams(monkeypatch):
+    for name in ("stdout", "stderr"): monkeypatch.setattr(sys, name, None)
+    assert cli.main(["ledger"]) == 0 and cli.main(["train"]) == 2
 
 
 def test_prompts_are_never_paths(weights, tmp_path):
@@ -365,7 +427,7 @@ def test_no_pickle_in_the_tree():
 def in_a_child(code, *args):
     "Runs code in a process of its own, as limits hold for ever."
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=7200 if LONG else 900)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
@@ -422,13 +484,30 @@ def test_two_runs_and_a_clock_that_jumps(tmp_path, monkeypatch):
 
 # --- killed anywhere
 
-KILLER = """
-import os, random, sys, time
+KILLER = r"""
+import json, os, random, re, signal, sys, time
 from pathlib import Path
 import torch
 from minisora import cli, train, vae, dit, sora, data, world, flow, information, text
 home, kills, args = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-rng, done, rounds = random.Random(kills), 0, 0
+rng, done, rounds, where = random.Random(kills), 0, 0, {}
+
+def phase(out):
+    "How far a run had come."
+    if (out / "model.json").exists(): return "after the end"
+    for name in ("dit", "vae"):
+        found = train.Checkpoints(out / name).found()
+        if found: return name + (" finished" if int(found[0].stem[5:]) == 20 else " under way")
+    return "before the first checkpoint"
+
+polite = (signal.SIGINT, signal.SIGTERM)
+signal.pthread_sigmask(signal.SIG_BLOCK, polite)                 # until the command has begun, and after it has ended
+real_train_on = cli.train_on
+def train_on(*args):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, polite)
+    try: real_train_on(*args)
+    finally: signal.pthread_sigmask(signal.SIG_BLOCK, polite)
+cli.train_on = train_on
 
 def child(out, how, n):
     "The command; killed at the n-th file that it writes (half of it), renames or removes, or from outside."
@@ -442,40 +521,52 @@ def child(out, how, n):
                 die()
             return what(path, *more, **options)
         return act
-    def half(path, content): 
+    def half(path, content):
         with open(path, "wb") as file: file.write(content[:len(content) // 2]); file.flush()
     if how == "write": Path.write_bytes = count(Path.write_bytes, half)
     if how == "rename": os.replace = count(os.replace, lambda *_: None)
     if how == "renamed": real = os.replace; os.replace = count(os.replace, real)
     if how == "unlink": Path.unlink = count(Path.unlink, lambda *_: None)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    os._exit(cli.main([*args, "--out", str(out), "--resume"]))
+    sys.stdout = sys.stderr = open(home / "said", "w")
+    code = cli.main([*args, "--out", str(out), "--resume"])
+    sys.stderr.flush()
+    os._exit(code)
 
 def session(out, how="", n=0, wait=None):
     pid = os.fork()
-    if not pid: child(out, how, n)
+    if not pid:
+        try: child(out, how, n)
+        finally: os._exit(1)
     if wait is not None:
         time.sleep(wait)
-        try: os.kill(pid, 9)
+        try: os.kill(pid, dict(SIGINT=2, SIGTERM=15).get(how, 9))
         except ProcessLookupError: pass
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == 9 or os.WEXITSTATUS(status) == 0, status
-    return os.WIFSIGNALED(status)
+    code, said = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (home / "said").read_text()
+    assert code in ((0, 130) if how[:3] == "SIG" else (0, -9)), (how, code, said)
+    if code == 130:                                              # one line, which says how to go on
+        line, = [l for l in re.split(r"[\r\n]", said) if l.startswith("minisora: ")]
+        assert "--resume" in line and "Traceback" not in said, said
+    return code
 
 began = time.monotonic()
 session(home / "whole")
-took = time.monotonic() - began
+took, turns = time.monotonic() - began, 0
 while done < kills:
     out = home / f"run{rounds}"
-    how = ("time", "write", "rename", "time", "renamed", "unlink")[done % 6]
-    killed = session(out, "" if how == "time" else how, rng.randrange(1, 9), rng.uniform(0, took) if how == "time" else None)
-    done += killed
+    how = ("time", "write", "SIGINT", "rename", "time", "renamed", "SIGTERM", "unlink")[turns % 8]
+    turns += 1
+    code = session(out, how, rng.randrange(1, 9), rng.uniform(0, took) if how[:3] in ("tim", "SIG") else None)
+    done += code == -9
+    if code:
+        at = dict(time="at a random moment", write="in the middle of a file", rename="before a file got its name", renamed="after a file got its name", unlink="before an old file went",
+                  SIGINT="not killed: asked by SIGINT to stop", SIGTERM="not killed: asked by SIGTERM to stop")[how] + "; " + phase(out)
+        where[at] = where.get(at, 0) + 1
     for name in ("vae", "dit"):                                  # what lies there is whole, or there was nothing yet
         found = train.Checkpoints(out / name).found()
         if found: assert train.Checkpoints(out / name).load()[0] is not None or not list((out / name).glob("step-*.safetensors")), how
     if (out / "model.json").exists(): session(out); rounds += 1
 session(home / f"run{rounds}")
-print(done, rounds + 1)
+print(json.dumps([done, rounds + 1, where]))
 """
 
 
@@ -484,10 +575,11 @@ def test_the_command_killed_anywhere(tmp_path):
     kills = int(os.environ.get("MINISORA_KILLS", 60 if LONG else 3))
     done = in_a_child(KILLER, tmp_path, kills, *TRAIN)
     assert done.returncode == 0, done.stderr
-    n, rounds = map(int, done.stdout.split())
+    n, rounds, where = json.loads(done.stdout.splitlines()[-1])
     digest = lambda folder: {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "log.jsonl"}
-    assert n >= kills and rounds >= 1
-    for k in range(rounds): assert digest(tmp_path / f"run{k}") == digest(tmp_path / "whole"), k
+    different = [k for k in range(rounds) if digest(tmp_path / f"run{k}") != digest(tmp_path / "whole")]
+    test_train.keep(" ".join(["minisora", *TRAIN, "--resume"]), n, rounds, where, not different)
+    assert n >= kills and rounds >= 1 and not different
 
 
 # --- for hours
