@@ -501,7 +501,7 @@ def test_what_is_found(clips, tmp_path):
     assert shown == [5] and [name for name, _ in folder.items] == ["a.gif", "b.gif", "c.mp4", "d.jpg"] and "e.png" in folder.bad[0] and len(folder.bad) == 1
     assert folder.found["a.gif"] == dict(height=32, width=32, frames=17, seconds=2.12) and folder.found["d.jpg"] == dict(height=40, width=30, frames=1, seconds=0)
     assert folder.found["c.mp4"]["frames"] == 17 and abs(folder.found["c.mp4"]["seconds"] - 1.7) < .02
-    head, gif, mp4, jpg, mute, bad = (re.split(r"  +", line.strip()) for line in folder.table().splitlines())
+    head, gif, jpg, mp4, mute, bad = (re.split(r"  +", line.strip()) for line in folder.table().splitlines())
     assert gif[:4] == [".gif", "2", "1", "3.0"] and gif[5:] == ["16 to 32", "32", "9 to 17", "0.5 to 2.1"] and jpg[5:] == ["40", "30", "1", "0.0"]
     assert mute[0].startswith("without a caption: 3") and bad[0].startswith("passed over: 1") and folder.texts() == ["a fine clip"]
     assert set(folder.batch(g(), 40)["captions"]) == {"", "a fine clip"}
