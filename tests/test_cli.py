@@ -155,12 +155,12 @@ def test_a_tenth_is_kept_aside(tmp_path, capsys):
     assert len(logged) == 2 and all(0 < x < 10 for x in logged)
     assert f"loss on {card['aside']} clips kept aside: {logged[0]:.4f} at step 2" in said and re.search(r"^\.gif +\d+ +\d+", said, re.M)
     seen = [json.loads(l) for l in (tmp_path / "r" / "dit" / "log.jsonl").read_text().splitlines() if "aside" in l]
-    assert all({"own", "aside", "frechet", "floor"} <= set(l) and 0 <= l["floor"] < 2 and 0 < l["frechet"] < 2 for l in seen) and len({l["floor"] for l in seen}) == 1
+    assert all({"own", "aside", "frechet", "floor"} <= set(l) and 0 <= l["floor"] <= 4 and 0 < l["frechet"] <= 4 for l in seen) and len({l["floor"] for l in seen}) == 1
     assert f"step 2: loss {seen[0]['own']:.4f} on clips it learns from, {seen[0]['aside']:.4f} on clips kept aside; Fréchet distance to these {seen[0]['frechet']:.3f}" in said
     text = (tmp_path / "r" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not page.open and len(page.images) == 2 * (card["aside"] + 8) and "Captions it never saw" in text and 'class="aside"' in text
-    assert all(pixels(tmp_path / "r" / i["src"]).shape == (17, 3, 32, 32) and i["alt"] for i in page.images) and not re.search(r"https?://|<script", text)
+    assert all(pixels(tmp_path / "r" / i["src"]).shape[1:] == (3, 32, 32) and i["alt"] for i in page.images) and not re.search(r"https?://|<script", text)
 
 
 def test_from_a_folder_alone(folder, run, tmp_path, capsys, says):
@@ -168,13 +168,13 @@ def test_from_a_folder_alone(folder, run, tmp_path, capsys, says):
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)
     for k, size in enumerate(((5, 90), (64, 64), (200, 31))): Image.new("RGB", size, "red").save(mine / f"mute{k}.jpg")
-    (mine / "<b>bad & worse</b>.gif").write_bytes(b"GIF89a")
+    (mine / "<b>bad & worse.gif").write_bytes(b"GIF89a")
     ok("train", "--data", mine, "--steps", 2, "--batch", 2, "--out", tmp_path / "a", "--device", "cpu")
     said, card = capsys.readouterr(), json.loads((tmp_path / "a" / "model.json").read_text())
     assert "passed over: 2" in said.out and "without a caption: 3" in said.out and re.search(r"^start   t2v: \d+ words .* off, and ", said.out, re.M) and "the page: " in said.out
     assert sum("bad & worse" in line for line in said.err.splitlines()) == 1 and card["start"] == json.loads((ROOT / "minisora" / "weights" / "t2v.json").read_text())["sha256"]
     text = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
-    assert not Page(text).open and "<b>bad" not in text and "&lt;b&gt;bad &amp; worse" in text and str(tmp_path) not in text and len(Page(text).images) == 8
+    assert not Page(text).open and "<b>bad" not in text and "&lt;b&gt;bad &amp; worse.gif" in text and str(tmp_path) not in text and len(Page(text).images) == 8
     (mine / "captions.jsonl").write_text('{"file": "0.gif", "caption": "a zeppelin landing"}\n', encoding="utf-8")
     shutil.copytree(mine, tmp_path / "other")
     ok("train", "--preset", "tiny", "--data", mine, "--aside", tmp_path / "other", "--start", run, "--steps", 4, "--out", tmp_path / "b")
