@@ -476,7 +476,7 @@ def own_clips(args, p, out, device):                  # of `train`, what `preset
         print(f"start   {name}: {len(new)} words of these captions are new to it; its VAE draws these clips {off:.1%} off, and " + ("stays as it is" if known else f"is trained on (to stay: at most {KNOWN:.0%})"))
     if args.preset == "t2v":
         steps = max(600, min(p.dit_recipe.steps, 4*len(data)))
-        shorter = lambda r, n: replace(r, lr=r.lr/(3 if start else 1), steps=n, save_every=-(-n//8), compile=n >= 2000, log_every=10, ema=.99)
+        shorter = lambda r, n: replace(r, lr=r.lr/(3 if start else 1), steps=n, save_every=-(-(args.steps or n)//8), compile=n >= 2000, log_every=10, ema=.99)
         p.batch, p.dit_batch, p.dit_recipe = 16, 32, shorter(p.dit_recipe, steps)
         p.vae_recipe = shorter(p.vae_recipe, steps//2)
         if args.steps is None: print(f"steps   {steps} of the DiT{f', {steps//2} of the VAE'*(not (start and known))}, by the number of clips; --steps asks for more or fewer of both")
@@ -811,7 +811,7 @@ def page(out, model, data, aside, verdict, seen):     # of `train_on` -> Path
     if aside and seen:
         body.append(f"<h2>Learned, or by heart?</h2><p>The loss on clips it learns from (solid) and on clips kept aside (dashed), whenever it was looked at. While both fall, it learns; when only the first does, it learns by heart. {html.escape(verdict)}. "
                     f"To the eye of CLIP the drawn clips are {seen[-1]['frechet']:.3f} from those kept aside (Fréchet distance), other real clips of the folder {seen[-1]['floor']:.3f}{', which is rough for so few' if len(aside) < 100 else ''}.</p>"
-                    + curve([l["own"] for l in seen], [l["aside"] for l in seen]) + "<h2>Captions it never saw</h2><p>Drawn, and beside each the clip that was kept aside.</p>" + rows(aside, "aside"))
+                    + curve([l["own"] for l in seen], [l["aside"] for l in seen]) + "<h2>Clips it never saw</h2><p>Drawn for the captions of clips that were kept aside, and beside each that clip.</p>" + rows(aside, "aside"))
     body.append("<h2>Captions it learned from</h2>" + rows(data, "own"))
     core.write_atomic(out/"index.html", PAGE.substitute(body="\n".join(body)))
     return out/"index.html"

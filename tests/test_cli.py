@@ -159,7 +159,7 @@ def test_a_tenth_is_kept_aside(tmp_path, capsys):
     assert f"step 2: loss {seen[0]['own']:.4f} on clips it learns from, {seen[0]['aside']:.4f} on clips kept aside; Fréchet distance to these {seen[0]['frechet']:.3f}" in said
     text = (tmp_path / "r" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert not page.open and len(page.images) == 2 * (card["aside"] + 8) and "Captions it never saw" in text and 'class="aside"' in text
+    assert not page.open and len(page.images) == 2 * (card["aside"] + 8) and "Clips it never saw" in text and 'class="aside"' in text
     assert all(pixels(tmp_path / "r" / i["src"]).shape[1:] == (3, 32, 32) and i["alt"] for i in page.images) and not re.search(r"https?://|<script", text)
 
 
