@@ -87,7 +87,7 @@ def train_sora(
     vae=None,        # a trained PatchVAE, which makes the first stage unnecessary
     start=None,      # a Sora to go on from, changed in place: it learns the new words; its VAE is trained on, unless given as `vae` too
     shard=False,     # see fit
-    aside=None,      # a source like the first, never trained on: its loss is logged with every checkpoint of the DiT, and that of the first beside it
+    aside=None,      # a source like the first, never trained on: its loss is logged with every checkpoint of the DiT, that of the first beside it, and `out`/best is the model where it was lowest
 ):
     "Both stages: the VAE on clips, then the DiT on its latents; writes `out`/model.safetensors and returns the Sora."
     from dataclasses import replace
@@ -98,7 +98,7 @@ def train_sora(
     from minisora.information import eps_loss, times
     from minisora.sora import Pixels, Sora, learn_words
     from minisora.text import Tokenizer
-    from minisora.train import fit, rank
+    from minisora.train import fit, rank, read_log
     from minisora.vae import PatchVAE, VAEConfig
     device, out = core.device(device), Path(out)
     facts, flops, steps = dict(facts or {}, seed=seed, vae=p.vae, dit=p.dit), 0, [0, p.dit_recipe.steps]
@@ -147,6 +147,7 @@ def train_sora(
         return model.loss(known, eps, t, model.tokenizer.encode([text for text, in batch["captions"]])[0].to(device)).item()
     def see(i, _):
         seen = (hook(model) if hook else {}) | (dict(own=loss_on(source), aside=loss_on(aside)) if aside else {})
+        if aside and seen["aside"] < min((l["aside"] for l in read_log(out/"dit") if "aside" in l), default=math.inf): model.save_pretrained(out/"best", steps=i)
         if aside: tqdm.write(f"step {i}: " + TOLD.format(**{"frechet": math.nan, "floor": math.nan, **seen}))
         return seen
     bits = lambda latents, eps, t, text: eps_loss(model.dit, latents, t, eps, text=text)      # in pixels the loss counts bits: chapter 33
@@ -475,7 +476,7 @@ def own_clips(args, p, out, device):                  # of `train`, what `preset
         new, known = {w for text in data.texts() for w in start.tokenizer.unknown(text)}, off <= KNOWN
         print(f"start   {name}: {len(new)} words of these captions are new to it; its VAE draws these clips {off:.1%} off, and " + ("stays as it is" if known else f"is trained on (to stay: at most {KNOWN:.0%})"))
     if args.preset == "t2v":
-        steps = max(600, min(p.dit_recipe.steps, 4*len(data)))
+        steps = min(p.dit_recipe.steps, max(200, 3*len(data)) if start else max(600, 4*len(data)))       # t2v learned 41 sprites by heart within 150 steps, and was still learning from 400 letters after 300
         shorter = lambda r, n: replace(r, lr=r.lr/(3 if start else 1), steps=n, save_every=-(-(args.steps or n)//8), compile=n >= 2000, log_every=10, ema=.99)
         p.batch, p.dit_batch, p.dit_recipe = 16, 32, shorter(p.dit_recipe, steps)
         p.vae_recipe = shorter(p.vae_recipe, steps//2)
@@ -525,10 +526,12 @@ def train_on(device, args, out):                      # torch.device, of the com
     least = min(seen, key=lambda l: l["aside"], default=None)
     verdict = seen and (f"loss on {len(aside)} clips kept aside: {seen[0]['aside']:.4f} at step {seen[0]['step']}, lowest {least['aside']:.4f} at step {least['step']}, {seen[-1]['aside']:.4f} at the end"
                          + ("; from there on it learned its own clips by heart: fewer steps, or more clips" if seen[-1]["aside"] > 1.05*least["aside"] else ""))
+    last = out if not seen or least is seen[-1] else out/"best"       # what is shown and recommended
+    if last != out: verdict, model = f"{verdict} (best/ of the run is the model of step {least['step']})", load_sora(last, device)
     if verdict: print(verdict)
     if args.data != "world" and args.preset != "clip" and not me: print(f"the page: {page(out, model, data, aside, verdict, seen).absolute()}")
     for left in () if me else (*out.glob(".*.tmp"), *out.glob("clips/.*.tmp")): left.unlink(missing_ok=True)      # by a writer that was killed
-    print(f"finished: {out/'model.safetensors'}; minisora " + (f"rank PROMPT FILE… --weights {out} ranks" if args.preset == "clip" else f"sample PROMPT --weights {out} --out clip.gif draws") + " with it")
+    print(f"finished: {out/'model.safetensors'}; minisora " + (f"rank PROMPT FILE… --weights {out} ranks" if args.preset == "clip" else f"sample PROMPT --weights {last} --out clip.gif draws") + " with it")
 
 # %% ../nbs/60_cli.ipynb #c1a0b0e4
 def rank(args):

@@ -157,6 +157,9 @@ def test_a_tenth_is_kept_aside(tmp_path, capsys):
     seen = [json.loads(l) for l in (tmp_path / "r" / "dit" / "log.jsonl").read_text().splitlines() if "aside" in l]
     assert all({"own", "aside", "frechet", "floor"} <= set(l) and 0 <= l["floor"] <= 4 and 0 < l["frechet"] <= 4 for l in seen) and len({l["floor"] for l in seen}) == 1
     assert f"step 2: loss {seen[0]['own']:.4f} on clips it learns from, {seen[0]['aside']:.4f} on clips kept aside; Fréchet distance to these {seen[0]['frechet']:.3f}" in said
+    best, lowest = json.loads((tmp_path / "r" / "best" / "model.json").read_text()), min(seen, key=lambda l: l["aside"])
+    assert best["steps"] == lowest["step"] and (f"best/ of the run is the model of step {lowest['step']}" in said) == (lowest is not seen[-1])
+    sora.Sora.from_pretrained(tmp_path / "r" / "best")
     text = (tmp_path / "r" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not page.open and len(page.images) == 2 * (card["aside"] + 8) and "Clips it never saw" in text and 'class="aside"' in text
