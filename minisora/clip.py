@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PORT', 'EXTRA', 'everywhere', 'contrastive_loss', 'QuickGELU', 'CLIPConfig', 'Tower', 'CLIP', 'prototypes',
-           'zero_shot', 'published', 'as_openai', 'load_clip']
+           'zero_shot', 'published', 'as_openai', 'load_clip', 'frechet']
 
 # %% ../nbs/20_clip.ipynb #464d6934
 import math, warnings
@@ -293,3 +293,14 @@ def load_clip(
         if state[key].shape != ours[key].shape: raise ValueError(f"{key} has shape {tuple(state[key].shape)}: expected {tuple(ours[key].shape)}")
         ours[key].copy_(state[key])
     return model.eval()
+
+# %% ../nbs/20_clip.ipynb #8fc5cfd1
+def frechet(
+    x,  # (n d) vectors, such as encode_image gives them
+    y,  # (m d)
+):  # squared distance, a float; two heaps of one kind are not at 0 but, the fewer they are, the further apart
+    "Fréchet distance of two heaps as Gaussians ([Dowson & Landau 1982](https://doi.org/10.1016/0047-259X(82)90077-X); FID, [Heusel et al. 2017](https://arxiv.org/abs/1706.08500))."
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2: raise ValueError(f"x is {tuple(x.shape)}, y {tuple(y.shape)}: expected (n d) and (m d), n and m from 2")
+    x, y = x.double(), y.double()
+    p, q = (torch.linalg.qr((v - v.mean(0)) / (len(v) - 1)**.5, mode="r").R for v in (x, y))  # R has the covariance of all rows in at most d
+    return ((x.mean(0) - y.mean(0)).square().sum() + p.square().sum() + q.square().sum() - 2 * torch.linalg.svdvals(p @ q.T).sum()).clamp(min=0).item()

@@ -140,7 +140,7 @@ def test_configuration_comes_first(run, capsys, tmp_path):
 def test_training_on_a_folder(folder, tmp_path, capsys):
     ok("train", "--preset", "tiny", "--data", folder, "--steps", 4, "--out", tmp_path / "r")
     said = capsys.readouterr()
-    assert "torn.gif" in said.err and "4 clips with captions" in said.out
+    assert "torn.gif" in said.err and "4 clips to learn from, 0 kept aside, 1 complaints" in said.out
     model = sora.Sora.from_pretrained(tmp_path / "r")
     assert model.card["data"] == "folder" and not model.tokenizer.unknown(data.Folder(folder, say=lambda _: None).texts()[0])
     assert cli.main(["eval", "--weights", str(tmp_path / "r"), "--n", "2"]) == 2 and "not trained on the sprite world" in capsys.readouterr().err
@@ -154,6 +154,43 @@ def test_a_tenth_is_kept_aside(tmp_path, capsys):
     logged = [json.loads(l)["aside"] for l in (tmp_path / "r" / "dit" / "log.jsonl").read_text().splitlines() if "aside" in l]
     assert len(logged) == 2 and all(0 < x < 10 for x in logged)
     assert f"loss on {card['aside']} clips kept aside: {logged[0]:.4f} at step 2" in said and re.search(r"^\.gif +\d+ +\d+", said, re.M)
+    seen = [json.loads(l) for l in (tmp_path / "r" / "dit" / "log.jsonl").read_text().splitlines() if "aside" in l]
+    assert all({"own", "aside", "frechet", "floor"} <= set(l) and 0 <= l["floor"] <= 4 and 0 < l["frechet"] <= 4 for l in seen) and len({l["floor"] for l in seen}) == 1
+    assert f"step 2: loss {seen[0]['own']:.4f} on clips it learns from, {seen[0]['aside']:.4f} on clips kept aside; Fréchet distance to these {seen[0]['frechet']:.3f}" in said
+    best, lowest = json.loads((tmp_path / "r" / "best" / "model.json").read_text()), min(seen, key=lambda l: l["aside"])
+    assert best["steps"] == lowest["step"] and (f"best/ of the run is the model of step {lowest['step']}" in said) == (lowest is not seen[-1])
+    sora.Sora.from_pretrained(tmp_path / "r" / "best")
+    text = (tmp_path / "r" / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open and len(page.images) == 2 * (card["aside"] + 8) and "Clips it never saw" in text and 'class="aside"' in text
+    assert all(pixels(tmp_path / "r" / i["src"]).shape[1:] == (3, 32, 32) and i["alt"] for i in page.images) and not re.search(r"https?://|<script", text)
+
+
+def test_from_a_folder_alone(folder, run, tmp_path, capsys, says):
+    "Nothing but --data and --out, on the worst of folders; then on from what that gave, with words of its own."
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    for k, size in enumerate(((5, 90), (64, 64), (200, 31))): Image.new("RGB", size, "red").save(mine / f"mute{k}.jpg")
+    (mine / "<b>bad & worse.gif").write_bytes(b"GIF89a")
+    ok("train", "--data", mine, "--steps", 2, "--batch", 2, "--out", tmp_path / "a", "--device", "cpu")
+    said, card = capsys.readouterr(), json.loads((tmp_path / "a" / "model.json").read_text())
+    assert "passed over: 2" in said.out and "without a caption: 3" in said.out and re.search(r"^start   t2v: \d+ words .* off, and ", said.out, re.M) and "the page: " in said.out
+    assert sum("bad & worse" in line for line in said.err.splitlines()) == 1 and card["start"] == json.loads((ROOT / "minisora" / "weights" / "t2v.json").read_text())["sha256"]
+    text = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
+    assert not Page(text).open and "<b>bad" not in text and "&lt;b&gt;bad &amp; worse.gif" in text and str(tmp_path) not in text and len(Page(text).images) == 8
+    (mine / "captions.jsonl").write_text('{"file": "0.gif", "caption": "a zeppelin landing"}\n', encoding="utf-8")
+    shutil.copytree(mine, tmp_path / "other")
+    ok("train", "--preset", "tiny", "--data", mine, "--aside", tmp_path / "other", "--start", run, "--steps", 4, "--out", tmp_path / "b")
+    said, old, new = capsys.readouterr(), sora.Sora.from_pretrained(run), sora.Sora.from_pretrained(tmp_path / "b")
+    assert "2 words of these captions are new" in said.out and new.tokenizer.words == old.tokenizer.words + ["landing", "zeppelin"] and new.card["aside"] == 7
+    (tmp_path / "b" / "index.html").unlink()
+    ok("train", "--preset", "tiny", "--data", mine, "--aside", tmp_path / "other", "--start", run, "--steps", 4, "--out", tmp_path / "b", "--resume")
+    assert "finished already" in capsys.readouterr().out and (tmp_path / "b" / "index.html").is_file()
+    ok("sample", "a zeppelin", "--weights", tmp_path / "b", "--out", tmp_path / "z.gif")
+    for wrong, words in ((("--data", mine, "--start", "nowhere"), "no weights at nowhere"), (("--data", mine, "--start", "pairs"), "pairs, which draws 1 frames.*expected 17"), (("--start", "t2v", "--preset", "tiny"), "expected --data FOLDER"),
+                         (("--data", mine, "--aside", tmp_path / "none"), "--aside is .*none"), ((), "--preset is missing.*t2v"), (("--data", mine, "--start", "clip"), "holds clip: expected the weights of a Sora")):
+        says("train", *wrong, "--out", tmp_path / "no", words=words)
+    says("train", "--data", mine, "--out", mine / "run", words="lies in --data .*expected a folder elsewhere")
 
 
 def test_steps_are_shared():
@@ -292,6 +329,7 @@ def test_mistakes_of_train(says, folder, tmp_path):
     out = ["--out", tmp_path / "r"]
     says("train", "--preset", "huge", *out, words="'huge'.*tiny.*t2v")
     says("train", "--preset", "tiny", words="--out")
+    says("train", *out, words="--preset is missing: expected one of .*t2v")
     says("train", "--preset", "tiny", "--data", tmp_path / "none", *out, words="--data is .*none.*expected world, or a folder")
     (tmp_path / "empty").mkdir()
     says("train", "--preset", "tiny", "--data", tmp_path / "empty", *out, words="empty has no clip")

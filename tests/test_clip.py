@@ -1,5 +1,5 @@
 "CLIP: the loss against a loop and across processes, the published weights against another implementation, the weights that ship."
-import json, math, os, subprocess, sys
+import json, math, os, subprocess, sys, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,3 +295,37 @@ def test_shipped_weights_name_what_they_see():
     assert (table.argmax(1) == torch.arange(64)).float().mean() > .5           # chance 1.6%; raise it when longer-trained weights ship
     swapped = W.caption(replace(s, background=(s.background + 1) % 3), "long")
     assert (table.diagonal() > model.scores(x, swapped).diagonal()).float().mean() > .9
+
+
+# --- heaps of pictures
+
+@pytest.mark.parametrize("n, m, d", [(300, 200, 20), (5, 300, 20), (4, 3, 20), (2, 2, 3)])
+def test_frechet_against_matrix_roots(n, m, d):
+    "The formula as it is printed, with another library's square root; singular where there are fewer vectors than dimensions."
+    linalg = pytest.importorskip("scipy.linalg")
+    g = core.generator(n)
+    x, y = (torch.randn(k, d, generator=g, dtype=torch.float64) @ torch.randn(d, d, generator=g, dtype=torch.float64) + k for k in (n, m))
+    a, b = x.T.cov().numpy(), y.T.cov().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        root = linalg.sqrtm(a)
+        root = linalg.sqrtm(root.real @ b @ root.real)
+    assert clip.frechet(x, y) == pytest.approx((x.mean(0) - y.mean(0)).square().sum().item() + (a + b - 2*root.real).trace(), rel=1e-4)
+
+
+def test_frechet_known_answers():
+    x = torch.randn(7, 30, generator=core.generator(0), dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(30, 30, generator=core.generator(1), dtype=torch.float64)).Q
+    spread, mean = x.var(0).sum().item(), x.mean(0)
+    assert clip.frechet(x, x) < 1e-9 and clip.frechet(x, x.flip(0)) < 1e-9 and abs(clip.frechet(x, x + 2) - 4*30) < 1e-9
+    assert clip.frechet(x, 3*x) == pytest.approx(4*mean.square().sum().item() + 4*spread)               # Gaussians along one line: means and deviations apart
+    assert clip.frechet(x @ turn, 3*x @ turn) == pytest.approx(clip.frechet(x, 3*x)) and clip.frechet(x, 3*x) == pytest.approx(clip.frechet(3*x, x))
+    assert clip.frechet(x, mean.expand(9, -1)) == pytest.approx(spread)                                # a heap that has collapsed to its mean
+    g = core.generator(2)
+    a, b = (s*torch.randn(200_000, 3, generator=g, dtype=torch.float64) for s in (torch.tensor([1., 2, 3]), torch.tensor([2., 2, 1])))
+    assert clip.frechet(a, b) == pytest.approx(1 + 0 + 4, abs=.05)
+    few, many = (clip.frechet(torch.randn(k, 64, generator=g), torch.randn(k, 64, generator=g)) for k in (10, 1000))
+    assert many < 5 < few                                                                              # of one kind, and yet apart: the fewer, the further
+    assert clip.frechet(x.float().half(), x) < 1e-3
+    for bad in ((x[:1], x), (x, x[:, :4]), (x[0], x)):
+        with pytest.raises(ValueError, match="expected"): clip.frechet(*bad)

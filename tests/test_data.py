@@ -1,5 +1,5 @@
 "Files of every kind come back as they went; every bad one costs one line and never an exception; batches repeat."
-import os, random, struct, tracemalloc
+import os, random, re, struct, tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -484,3 +484,58 @@ def test_clips_kept_aside(clips, tmp_path):
     (tmp_path / "torn.gif").write_bytes(b"GIF")
     lines = quiet(tmp_path).table().splitlines()
     assert lines[1].split()[:4] == [".png", "21", "21", "2.0"] and lines[-1].startswith("passed over: 1")
+    assert lines[0].split()[-4:] == ["height", "width", "frames", "seconds"] and lines[1].split()[-4:] == ["-"] * 4   # not known before they are decoded
+
+
+def test_what_is_found(clips, tmp_path):
+    data.write_clip(clips[0], tmp_path / "a.gif", fps=8)
+    data.write_clip(clips[1, :9, :, :16], tmp_path / "b.gif", fps=20)
+    data.write_clip(clips[0], tmp_path / "c.mp4", fps=10)
+    plain("red", (40, 30)).save(tmp_path / "d.jpg")
+    data.write_clip(clips[0], tmp_path / "e.png")
+    whole = (tmp_path / "e.png").read_bytes()
+    (tmp_path / "e.png").write_bytes(whole[:300] + bytes(50) + whole[350:])
+    (tmp_path / "a.txt").write_text("a fine clip")
+    shown = []
+    folder = quiet(tmp_path, silent=True).decode(lambda x: shown.append(len(x)) or x)
+    assert shown == [5] and [name for name, _ in folder.items] == ["a.gif", "b.gif", "c.mp4", "d.jpg"] and "e.png" in folder.bad[0] and len(folder.bad) == 1
+    assert folder.found["a.gif"] == dict(height=32, width=32, frames=17, seconds=2.12) and folder.found["d.jpg"] == dict(height=40, width=30, frames=1, seconds=0)
+    assert folder.found["c.mp4"]["frames"] == 17 and abs(folder.found["c.mp4"]["seconds"] - 1.7) < .02
+    head, gif, jpg, mp4, mute, bad = (re.split(r"  +", line.strip()) for line in folder.table().splitlines())
+    assert gif[:4] == [".gif", "2", "1", "3.0"] and gif[5:] == ["16 to 32", "32", "9 to 17", "0.5 to 2.1"] and jpg[5:] == ["40", "30", "1", "0.0"]
+    assert mute[0].startswith("without a caption: 3") and bad[0].startswith("passed over: 1") and folder.texts() == ["a fine clip"]
+    assert set(folder.batch(g(), 40)["captions"]) == {"", "a fine clip"}
+    assert folder.clips(2).shape == (2, 17, 3, 32, 32) and torch.equal(folder.clips([1])[0], data.read_clip(tmp_path / "b.gif")) and len(folder.clips(99)) == 4
+    if os.name != "nt": assert quiet(tmp_path, silent=True, kept=SAMPLES / "captions.jsonl" / "x").decode().found == folder.found   # a place that cannot be: nothing is lost
+
+
+def test_kept_clips_know_their_bytes(clips, tmp_path, monkeypatch):
+    box, kept, decoded = tmp_path / "box", tmp_path / "kept", []
+    box.mkdir()
+    for k, name in enumerate(("a.png", "b.png")): data.write_clip(clips[k], box / name)
+    real = data._pillow
+    monkeypatch.setattr(data, "_pillow", lambda path, *a: decoded.append(path.name) or real(path, *a))
+    def read(**kw):
+        decoded.clear()
+        return quiet(box, silent=True, kept=kept, **kw).decode().clips([0, 1])
+    first = read()
+    assert decoded == ["a.png", "b.png"] and torch.equal(read(), first) and not decoded
+    assert quiet(box, silent=True, kept=kept).decode().found["a.png"] == dict(height=32, width=32, frames=17, seconds=2.125)
+    (box / "b.png").rename(box / "c.png")
+    assert torch.equal(read(), first) and not decoded                                     # the same bytes under another name
+    date = (box / "a.png").stat().st_mtime_ns
+    data.write_clip(clips[2], box / "a.png")
+    os.utime(box / "a.png", ns=(date, date))
+    assert torch.equal(read()[0], data._to_clip(real(box / "a.png", 17, (32, 32))[0])) and decoded == ["a.png"]     # other bytes, the old date
+    good = read()
+    assert read(frames=5).shape[1] == 5 and len(decoded) == 2 and read(size=16).shape[-1] == 16
+    for file in kept.iterdir():                                                           # torn, changed, emptied, something else
+        whole = file.read_bytes()
+        for bad in (whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1]), b"", b"[1]\n" + whole, b"\xff" + whole):
+            file.write_bytes(bad)
+            assert torch.equal(read(), good)
+    assert not list(kept.glob(".*"))
+    monkeypatch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    said = []
+    folder = data.Folder(box, silent=True, kept=tmp_path / "full", say=said.append).decode()
+    assert len(folder) == 2 and len(said) == 1 and "No space left" in said[0] and not folder.bad

@@ -161,3 +161,21 @@ def test_readme_python_runs():
     names = {}
     exec(code, names)
     assert names["clips"].shape == (1, 17, 3, 32, 32)
+
+
+def test_new_words_find_room(model, tmp_path):
+    "Old captions draw the very clips they drew; new words have rows of their own, which are trained; saved and loaded it is the same."
+    import copy
+    from minisora.sora import learn_words
+    old, new = model.generate(PROMPTS, steps=3, seed=4), copy.deepcopy(model)
+    words, rows = list(new.tokenizer.words), new.dit.words.weight.clone()
+    torch.manual_seed(3)
+    assert learn_words(new, ["A red zeppelin, landing", "a blue zeppelin", ""]) == [",", "landing", "zeppelin"] and learn_words(new, ["a zeppelin"]) == []
+    assert new.tokenizer.words == words + [",", "landing", "zeppelin"] and torch.equal(new.dit.words.weight[:len(rows)], rows) and new.dit.words.weight.requires_grad
+    assert torch.equal(new.generate(PROMPTS, steps=3, seed=4), old) and new.dit.config.vocab == new.tokenizer.vocab_size == len(new.dit.words.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = new.generate("a zeppelin landing", steps=3, seed=4, cfg_scale=3.)
+    assert (said - new.generate("a", steps=3, seed=4, cfg_scale=3.)).abs().max() > 1e-3
+    new.save_pretrained(tmp_path)
+    assert torch.equal(Sora.from_pretrained(tmp_path).generate("a zeppelin landing", steps=3, seed=4, cfg_scale=3.), said)
