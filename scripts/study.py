@@ -396,6 +396,20 @@ def raven(
     return chapter("13_raven").point(size, seed, without)[1]
 
 
+# --- probes (claims 6, 7, 9 and 10, chapter 37): one world, many learners, one axis
+
+WATCHED = "CLIP", "Cap", "CapPa", "DiT", "DALL·E", "iGPT", "random network"
+
+
+def probes(
+    learner,  # of `LEARNERS` in the chapter, or `pixels`
+    seed,  # of weights and batches
+):
+    "Train, and on the way read shape, color, size, texture and background off the features by linear probes; at the end also with few labels, and characters of fonts."
+    torch.set_num_threads(1)
+    return chapter("37_probes").point(learner, seed)[1]
+
+
 def points():
     "Name → function and its points, in the order in which they run: one seed of everything first."
     budgets = core.at_scale(test=(.001,), cpu=(2, 8, 32), gpu=(32, 128, 512))
@@ -404,7 +418,8 @@ def points():
                 drawing=(drawing, [dict(what=w, seed=seed) for w, seeds in DRAWING.items() for seed in seeds]),
                 levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]),
                 peer=(peer, [dict(what=what, lr=lr, seed=0) for what, lr in (("DiT, Muon + AdamW", 2e-3), ("U-Net, AdamW", 2e-3), ("DiT, AdamW", 2e-3), ("U-Net, AdamW", 5e-4))]),
-                raven=(raven, [dict(size=size, seed=seed, without="") for seed in core.at_scale(test=(0,), cpu=(0, 1, 2), gpu=(0, 1, 2)) for size in ("3k", "18k", "63k", "0.2M", "0.8M")] + [dict(size="63k", seed=0, without="color distribute three")]))
+                raven=(raven, [dict(size=size, seed=seed, without="") for seed in core.at_scale(test=(0,), cpu=(0, 1, 2), gpu=(0, 1, 2)) for size in ("3k", "18k", "63k", "0.2M", "0.8M")] + [dict(size="63k", seed=0, without="color distribute three")]),
+                probes=(probes, [dict(learner="pixels", seed=0)] + [dict(learner=l, seed=seed) for seed in (0, 1, 2) for l in WATCHED]))
 
 
 # --- the runner
