@@ -12,6 +12,7 @@ from pathlib import Path
 from minisora import core
 from minisora.captioner import Captioner
 from minisora.cli import load_sora
+from minisora.clip import CLIP
 from minisora.train import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,13 +31,14 @@ def stage(folder, every=200):
 
 
 def main(run, name, device):
-    one = core.load(Path(run) / "model.safetensors")[1]["kind"] == "captioner"
-    table, model = ROOT / f"minisora/results/{name}_training.json", Captioner.from_pretrained(run) if one else load_sora(run, "cpu")
+    one = core.load(Path(run) / "model.safetensors")[1]["kind"]  # captioner and clip have one stage, of that name
+    kinds = dict(captioner=Captioner, clip=CLIP)
+    table, model = ROOT / f"minisora/results/{name}_training.json", kinds[one].from_pretrained(run) if one in kinds else load_sora(run, "cpu")
     stages = json.loads(table.read_text(encoding="utf-8"))["stages"] if table.is_file() else {}
-    stages |= {k: stage(Path(run) / k) for k in ("vae", "dit", "gpt", "captioner") if (Path(run) / k).is_dir()}
+    stages |= {k: stage(Path(run) / k) for k in ("vae", "dit", "gpt", *kinds) if (Path(run) / k).is_dir()}
     total = {k: {s: stages[s][k] for s in stages} for k in ("steps", "flops", "minutes", "compiled")}
     command = model.card["command"] + " --bf16"*("--bf16" not in model.card["command"] and any(s.get("recipe", {}).get("bf16") is True for s in stages.values()))
-    model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, command=command, **({k: v["captioner"] for k, v in total.items()} if one else total))
+    model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, command=command, **({k: v[one] for k, v in total.items()} if one in kinds else total))
     about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=command, stages=stages)
     core.write_atomic(table, json.dumps(about) + "\n")
     print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")

@@ -20,6 +20,7 @@ from torch import nn
 
 from minisora import bayes, cli, core
 from minisora.bench import middle, race
+from minisora.clip import CLIP
 from minisora.dalle import Dalle, DalleConfig, complete, start_from_patches
 from minisora.data import WorldClips
 from minisora.dit import DiT
@@ -175,14 +176,16 @@ def drawing(
         drawn = _draw(model, world.caption(s), seed*n)
         reading = read(drawn, world=world)
         return dict(n=n, flops=0, right=_counts(grade(drawn, s, "long", reading)), chance=int(grade(drawn, s[torch.arange(n).roll(1)], "long", reading).right.sum()))
-    if what == "choosing":  # many plain pictures a prompt: which are right, how well the model finds they fit, and how likely they are
+    if what == "choosing":  # many plain pictures a prompt: which are right, how well the model and CLIP find they fit, and how likely they are
         many, s = core.at_scale(test=4, cpu=64, gpu=64), world.sample(core.at_scale(test=2, cpu=8, gpu=32), core.generator(2**40 + 100 + seed), "heldout")
         asks = [p for p in world.caption(s) for _ in range(many)]
         drawn = _draw(model, asks, 1000*seed, cfg_scale=1., temperature=1.)
         right = grade(drawn, s[torch.arange(len(s)).repeat_interleave(many)]).right.long().view(-1, many)
         both = [torch.cat([-model.surprise(model.ids(asks[i:i + 128] if given else [""]*len(asks[i:i + 128])), model.tokens(drawn[i:i + 128].to(model.device)))[1].sum(1).detach().cpu() for i in range(0, len(asks), 128)]).view(-1, many) for given in (True, False)]
         order = lambda by: ["".join(map(str, row)) for row in right.gather(1, by.argsort(1, descending=True)).tolist()]   # best first
-        return dict(n=len(s), flops=0, by_agreement=order(both[0] - both[1]), by_likelihood=order(both[0]))
+        clip = CLIP.from_pretrained("clip", model.device)
+        fits = torch.stack([clip.scores(x, [asks[i*many]])[:, 0] for i, x in enumerate(drawn.to(model.device).split(many))]).cpu()
+        return dict(n=len(s), flops=0, by_agreement=order(both[0] - both[1]), by_likelihood=order(both[0]), by_clip=order(fits), clip=clip.card["sha256"][:12])
     if what.startswith("weight"):  # a small model, few codes, long captions: bits of unseen captions and images by the text's weight in the loss
         steps, batch = core.at_scale(test=2, cpu=120, gpu=4000), core.at_scale(test=4, cpu=32, gpu=128)
         pool = WorldClips(world, dict(long=.9, none=.1)).batch(core.generator(3), core.at_scale(test=40, cpu=4000, gpu=40_000))
