@@ -66,11 +66,11 @@ def preset(
                  batch=0, dit_batch=64, pool=80_000, captions=4, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., save_every=150),
                  sampling=dict(cfg_scale=2., temperature=.25))
     return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
-             batch=64, dit_batch=128, pool=120_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=9500, muon=4., save_every=1000),
+             batch=64, dit_batch=128, pool=120_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=17_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2., steps=16))
 
 # %% ../nbs/60_cli.ipynb #54f5c69e
-LEVELS = dict(pixels=.40, full=.06, long=.22, paraphrase=.14, medium=.05, short=.05, none=.08)   # how often a caption of the world is of which kind: what says all teaches fastest, also for prompts that say less
+LEVELS = dict(pixels=.65, full=.04, long=.10, paraphrase=.07, medium=.03, short=.03, none=.08)   # how often a caption of the world is of which kind: what says all teaches fastest, also for prompts that say less
 TOLD = "loss {own:.4f} on clips it learns from, {aside:.4f} on clips kept aside; Fréchet distance to these {frechet:.3f}, of other real clips {floor:.3f}"
 KNOWN = .07                                           # clips of one's own that a VAE draws within this share of a pixel's range are like those it learned: letters are 6 to 7% off in t2v's, photographs 18%
 
