@@ -55,7 +55,7 @@ def preset(
                  batch=0, dit_batch=64, pool=None, captions=("none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=12_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
-        return N(world=dict(), captioner=dict(), vae=None, batch=128, dit_batch=128, pool=45_000, vae_recipe=None, dit_recipe=Recipe(steps=600, muon=4., ema=.99, compile=False, save_every=125))
+        return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=45_000, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., ema=.99, save_every=150))
     if name == "pairs":  # images: what two sprites ask of language (whose color, which side) is in every frame, a clip has three times the tokens and 17 times the pixels
         return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=128, depth=4, heads=4, text_width=64, text_depth=2),  # two blocks of text: color to shape, both to their side
                  batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=1500, muon=4., save_every=500),
