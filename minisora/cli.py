@@ -22,6 +22,7 @@ PRESETS = dict(
     tiny="seconds, for tests: nothing to look at",
     demo="two minutes on a small folder of clips, which it learns by heart",
     t2v="one sprite, 17 frames of 32x32, every attribute named: the model that ships",
+    quick="what t2v becomes within 100 TFLOP, VAE included: half an hour of two cores",
     pairs="two sprites with a relation, images of 32x32: whose color is whose",
     dalle="one sprite, images of 32x32, token by token: the language model of chapter 12",
     figure="the tiny world's images, every length of caption, in pixels: the model of chapter 33",
@@ -60,6 +61,10 @@ def preset(
         return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=128, depth=4, heads=4, text_width=64, text_depth=2),  # two blocks of text: color to shape, both to their side
                  batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=1500, muon=4., save_every=500),
                  shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16, frames=1))
+    if name == "quick":  # as t2v, whose VAE alone costs three times as much
+        return N(world=dict(), vae=dict(width=128, encoder=2, decoder=3), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),
+                 batch=64, dit_batch=128, pool=60_000, captions=4, vae_recipe=Recipe(steps=1050, save_every=350), dit_recipe=Recipe(steps=1700, muon=4., save_every=850),
+                 shift=2.5, rate=.01, sampling=dict(cfg_scale=2., steps=16))
     if name == "dalle":  # k-means of 4x4 patches, no network; nearly half of the captions say where and which grain, from which every code follows
         return N(kind="dalle", names=("VQ", "GPT"), levels=dict(pixels=.35, full=.10, long=.22, paraphrase=.13, medium=.05, short=.05, none=.10),
                  world=dict(frames=1), vae=dict(codes=3072, channels=48, width=48, encoder=0, decoder=0), dit=dict(width=128, depth=6, heads=4),
