@@ -60,20 +60,22 @@ class DiTBlock(nn.Module):
         heads,  # nh, divides width
         text_width=None,  # of the caption's tokens; None: no caption
         qk_norm=True,  # see transformer.Attention
+        gated=False,  # see transformer.MLP
     ):
         super().__init__()
-        self.attn = Attention(width, heads, qk_norm=qk_norm)
+        self.attn = Attention(width, heads, qk_norm=qk_norm, longest=100.)
         self.cross = None if text_width is None else Attention(width, heads, text_width, qk_norm)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, gated=gated)
 
     def forward(self,
         h,  # (b n d)
         mod,  # six of (b 1 d) or (b n d): shift, scale, gate of attention, then of the MLP
         text=None,  # (b l text_width)
         mask=None,  # (b l) bool, True = a token that is there
+        positions=None,  # (n axes) of the tokens, which attention then sees as distances (RoPE)
     ):  # (b n d)
         shift1, scale1, gate1, shift2, scale2, gate2 = mod
-        h = h + gate1 * self.attn(modulate(h, shift1, scale1))
+        h = h + gate1 * self.attn(modulate(h, shift1, scale1), positions=positions)
         if self.cross is not None: h = h + self.cross(F.layer_norm(h, h.shape[-1:], eps=1e-6), text, mask)
         return h + gate2 * self.mlp(modulate(h, shift2, scale2))
 
@@ -93,11 +95,11 @@ class Trunk(nn.Module):
         heads,  # nh
         out,  # numbers per token that come out
         text_width=None,  # see DiTBlock
-        qk_norm=True,  # see DiTBlock
+        qk_norm=True, gated=False,  # see DiTBlock
     ):
         super().__init__()
         self.mod = nn.Linear(width, (6 * depth + 2) * width)  # adaLN of every block and of the last norm
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, text_width, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, text_width, qk_norm, gated) for _ in range(depth))
         self.out = nn.Linear(width, out)
 
     def forward(self,
@@ -105,10 +107,11 @@ class Trunk(nn.Module):
         cond,  # (b m d), m = 1, frames of patches, or n
         text=None,  # (b l text_width)
         mask=None,  # (b l) bool
+        positions=None,  # see DiTBlock
     ):  # (b n out)
         mod = _spread(self.mod(F.silu(cond)).float(), h.shape[1])
         mod = rearrange(mod, 'b m (k d) -> k b m d', d=h.shape[-1]).unbind()
-        for i, block in enumerate(self.blocks): h = block(h, mod[6 * i:6 * i + 6], text, mask)
+        for i, block in enumerate(self.blocks): h = block(h, mod[6 * i:6 * i + 6], text, mask, positions)
         return self.out(modulate(h, *mod[-2:]))
 
 # %% ../nbs/31_dit.ipynb #9bbdde2a
@@ -145,6 +148,8 @@ class DiTConfig:
     predict: str = "x0"  # "x0": the net need not carry the noise through its width; "v": the velocity itself
     t_min: float = .05  # x0 becomes a velocity by division by max(t, t_min)
     qk_norm: bool = True  # attention scores stay bounded at high learning rates
+    rope: bool = False  # attention also sees how far apart tokens are: a shape found in one place is found in all
+    gated: bool = False  # SwiGLU: its products suit what is one, as color times mask
 
     def __post_init__(self):
         object.__setattr__(self, 'patch', tuple(self.patch))
@@ -178,7 +183,7 @@ class DiT(nn.Module):
             self.null = nn.Parameter(torch.randn(1, 1, c.text_width) / 2)
             self.text_blocks = nn.ModuleList(Block(c.text_width, _heads(c.text_width, 32)) for _ in range(c.text_depth))
             self.text_norm, self.pool = nn.LayerNorm(c.text_width), nn.Linear(c.text_width, c.width, bias=False)  # time has the bias
-        self.trunk = Trunk(c.width, c.depth, c.heads, numbers, c.text_width if c.vocab else None, c.qk_norm)
+        self.trunk = Trunk(c.width, c.depth, c.heads, numbers, c.text_width if c.vocab else None, c.qk_norm, c.gated)
         initialise(self)
 
     @classmethod
@@ -234,7 +239,7 @@ class DiT(nn.Module):
             pooled = (text * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)
             cond = cond + self.pool(pooled)[:, None]
         h = self.embed(xt) + positions(grid, c.width, x.device) / 2  # b n d; half: no louder than the content
-        out = self.trunk(h, cond, text, seen).float()                # b n numbers
+        out = self.trunk(h, cond, text, seen, grid_positions(*grid, device=x.device) if c.rope else None).float()   # b n numbers
         if c.predict == "x0": out = (xt - out) / _spread(t[..., None], xt.shape[1]).clamp(min=c.t_min)
         return unpatchify(out, grid, c.patch).float()
 

@@ -89,10 +89,11 @@ class Attention(nn.Module):
         context_width=None,  # width of what is attended to; None: x attends to itself
         qk_norm=True,  # RMS-normalise each head's queries and keys, so that logits cannot grow without bound
         bias=True,  # in the linear layers
+        longest=10_000.,  # see rope
     ):
         super().__init__()
         if width % heads: raise ValueError(f"width {width} does not divide by heads {heads}: expected a multiple")
-        self.heads, self.cross = heads, context_width is not None
+        self.heads, self.cross, self.longest = heads, context_width is not None, longest
         if self.cross: self.q, self.kv = nn.Linear(width, width, bias), nn.Linear(context_width, 2 * width, bias)
         else: self.qkv = nn.Linear(width, 3 * width, bias)  # one large product is faster than three
         self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity() for _ in 'qk')
@@ -113,23 +114,29 @@ class Attention(nn.Module):
         q = self.q_norm(rearrange(q, 'b n (nh dh) -> b nh n dh', nh=self.heads))
         k, v = rearrange(kv, 'b l (two nh dh) -> two b nh l dh', two=2, nh=self.heads)
         k = self.k_norm(k)
-        if positions is not None: q, k = rope(q, positions), rope(k, positions)
+        if positions is not None: q, k = (rope(x, positions, self.longest) for x in (q, k))
         if cache is not None: k, v = cache.append(k, v)
         out = attention(q, k, v, mask, causal)
         return self.proj(rearrange(out, 'b nh n dh -> b n (nh dh)'))
 
 # %% ../nbs/06_transformer.ipynb #0938a0c0
 class MLP(nn.Module):
-    "What a token does alone: widen, bend by a GELU, narrow ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), [Hendrycks & Gimpel 2016](https://arxiv.org/abs/1606.08415))."
+    "What a token does alone: widen, bend by a GELU, narrow ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), [Hendrycks & Gimpel 2016](https://arxiv.org/abs/1606.08415)); or multiply: SwiGLU ([Shazeer 2020](https://arxiv.org/abs/2002.05202))."
     def __init__(self,
         width,  # d
         ratio=4,  # hidden width / width
+        gated=False,  # SwiGLU: values times gates, with two thirds of the hidden width as many weights
     ):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(width, int(ratio * width)), nn.GELU('tanh'), nn.Linear(int(ratio * width), width)
+        hidden, self.gated = 8 * round(ratio * width / 12) if gated else int(ratio * width), gated
+        self.fc1, self.act, self.fc2 = nn.Linear(width, (1 + gated) * hidden), nn.SiLU() if gated else nn.GELU('tanh'), nn.Linear(hidden, width)
 
     def forward(self, x):  # (b n d) -> (b n d)
-        return self.fc2(self.act(self.fc1(x)))
+        h = self.fc1(x)
+        if self.gated:
+            value, gate = h.chunk(2, -1)
+            return self.fc2(value * self.act(gate))
+        return self.fc2(self.act(h))
 
 # %% ../nbs/06_transformer.ipynb #feac54bb
 class Block(nn.Module):
