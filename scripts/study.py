@@ -24,8 +24,8 @@ from minisora.clip import CLIP
 from minisora.dalle import Dalle, DalleConfig, complete, start_from_patches
 from minisora.data import WorldClips
 from minisora.dit import DiT
-from minisora.flow import flow_loss, guide, sample_euler, sample_times
-from minisora.information import LOGSNR, information, measure
+from minisora.flow import add_noise, flow_loss, guide, sample_euler, sample_times, x0_from_v
+from minisora.information import LOGSNR, information, measure, times
 from minisora.sora import Sora
 from minisora.text import Tokenizer
 from minisora.train import Recipe, fit, optimizers
@@ -86,7 +86,7 @@ def latents(
 
 # --- levels (claims 12 and 13, chapter 33): every length of caption against compute, for two sizes of model
 
-SIZES = dict(small=dict(width=48, depth=3, heads=2, text_width=48), large={})  # large: as the preset `figure`
+SIZES = dict(small=dict(width=64, depth=3, heads=4, text_width=48), large={})  # large: as the preset `figure`
 
 
 @lru_cache
@@ -112,6 +112,17 @@ def right_pictures(
     return out
 
 
+@lru_cache
+def _told(): return {level: _tiny()[0].caption(_tiny()[1], level) for level in LEVELS}
+
+
+def _excess(dit, ids, n, seed):
+    "Level of caption -> excess over the floor, in bits; `ids`: level -> (k l) of all scenes."
+    grid, here = torch.arange(LOGSNR[0], LOGSNR[1] + .1, core.at_scale(test=2.75, cpu=1., gpu=.5)), next(dit.parameters()).device
+    seen = measure(*_tiny()[2:], grid, n, seed, lambda xt, t, i, level: dit(xt.to(here), t.expand(len(xt)).to(here), ids[level][i].to(here)).cpu())
+    return {level: round(information([r.excess for r in seen[level]], grid).bits, 4) for level in LEVELS}
+
+
 def levels(
     size,  # `small` or `large`
     tflop,  # of training, the optimizer's products included
@@ -126,12 +137,39 @@ def levels(
         with tempfile.TemporaryDirectory() as out: return cli.train_sora(p, WorldClips(World(**p.world), dict.fromkeys(p.captions, 1)), out, seed)
     steps = max(2, round(tflop*1e12/train(1).card["flops"]))
     model = train(steps)
-    world, scenes, pictures, said = _tiny()
-    text, grid = {level: model.ids(world.caption(scenes, level)) for level in LEVELS}, torch.arange(LOGSNR[0], LOGSNR[1] + .1, core.at_scale(test=2.75, cpu=1., gpu=.5))
-    seen = measure(pictures, said, grid, n, seed, lambda xt, t, i, level: model.dit(xt.to(model.device), t.expand(len(xt)).to(model.device), text[level][i]).cpu())
     return dict(steps=steps, batch=p.dit_batch, flops=model.card["flops"], parameters=core.num_params(model.dit), n=n, bf16=bf16, compiled=model.card["compiled"],
-                excess={level: round(information([r.excess for r in seen[level]], grid).bits, 4) for level in LEVELS},
+                excess=_excess(model.dit, {level: model.ids(captions) for level, captions in _told().items()}, n, seed),
                 right={k: round(v, 2) for k, v in right_pictures(model, n, seed).items()})
+
+
+# --- limits (claim 12, chapter 33): what keeps the trained denoiser above the floor
+
+ARMS = {"plain": {}, "more heads": dict(heads=6), "rotary places": dict(heads=6, rope=True), "gated": dict(heads=6, gated=True), "both": dict(heads=6, rope=True, gated=True),
+        "both, exact targets": dict(heads=6, rope=True, gated=True)}  # the exact denoiser's guess in place of the picture: no noise in what is learned
+
+
+def limits(
+    what,  # of ARMS
+    seed,  # of weights and batches
+):
+    "Equal steps of a narrow figure network, one thing changed at a time; excess over the floor in bits, by level of caption."
+    p, (world, scenes, pictures, said), here = cli.preset("figure"), _tiny(), core.device()
+    steps, batch, n = core.at_scale(test=2, cpu=1000, gpu=10_000), core.at_scale(test=8, cpu=64, gpu=64), core.at_scale(test=8, cpu=128, gpu=512)
+    words = Tokenizer.from_texts([c for row in _told().values() for c in row])
+    ids = words.encode([c for level in LEVELS for c in _told()[level]])[0].view(len(LEVELS), len(scenes), -1)
+    torch.manual_seed(seed)
+    net = DiT(3, vocab=words.vocab_size, **{**p.dit, **dict(width=96, heads=2, rope=False, gated=False), **ARMS[what]}).to(here)
+    kinds, exact = torch.tensor([LEVELS.index(c) for c in p.captions]), what.endswith("exact targets")
+    def draw(g):
+        i, k, t, eps = torch.randint(len(scenes), (batch,), generator=g), kinds[torch.randint(len(kinds), (batch,), generator=g)], times(batch, g), torch.randn(batch, *pictures.shape[1:], generator=g)
+        xt, target = add_noise(pictures[i], eps, t), pictures[i].clone()
+        for j, level in enumerate(LEVELS if exact else ()):
+            if len(mine := (k == j).nonzero()[:, 0]): target[mine] = bayes.posterior(xt[mine], t[mine], pictures, said=said[level][i[mine]], captions=said[level]).mean
+        return dict(xt=xt, t=t, target=target, text=ids[k, i])
+    def loss(xt, t, target, text): return ((x0_from_v(xt, net(xt, t, text), t) - target).flatten(1).pow(2).mean(1)*((1 - t)/t)**2).mean()   # the error of the noise
+    bf16 = here.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    run = fit(net, loss, draw, Recipe(steps=steps, warmup=min(100, steps//4), muon=4., bf16=bf16, compile=core.at_scale(test=False, cpu=True, gpu=True), seed=seed), name=what)
+    return dict(steps=steps, batch=batch, flops=run["flops"], parameters=core.num_params(net), n=n, bf16=bf16, compiled=run["compiled"], excess=_excess(net, dict(zip(LEVELS, ids)), n, seed))
 
 
 # --- drawing (claims 1 and 3, chapter 12): what the DALL·E that ships draws, chooses and completes; each point within a minute
@@ -419,7 +457,8 @@ def points():
     return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]),
                 abilities=(abilities, [dict(width=w, seed=seed) for seed in (0, 1, 2) for w in core.at_scale(test=(16,), cpu=tuple(WIDTHS), gpu=(*WIDTHS,))]),
                 drawing=(drawing, [dict(what=w, seed=seed) for w, seeds in DRAWING.items() for seed in seeds]),
-                levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(.15, .5, 1.5, 4.5), gpu=(5, 15, 45)) for size in SIZES]),
+                levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(5, 20, 80), gpu=(20, 80, 320)) for size in SIZES]),
+                limits=(limits, [dict(what=what, seed=seed) for seed in (0, 1, 2) for what in ARMS]),
                 peer=(peer, [dict(what=what, lr=lr, seed=0) for what, lr in (("DiT, Muon + AdamW", 2e-3), ("U-Net, AdamW", 2e-3), ("DiT, AdamW", 2e-3), ("U-Net, AdamW", 5e-4))]),
                 raven=(raven, [dict(size=size, seed=seed, without="") for seed in core.at_scale(test=(0,), cpu=(0, 1, 2), gpu=(0, 1, 2)) for size in ("3k", "18k", "63k", "0.2M", "0.8M")] + [dict(size="63k", seed=0, without="color distribute three")]),
                 probes=(probes, [dict(learner="pixels", seed=0)] + [dict(learner=l, seed=seed) for seed in (0, 1, 2) for l in WATCHED]))
