@@ -480,7 +480,7 @@ def train(args):
         if value and not Path(value).is_dir(): raise ValueError(f"--{name} is {value!r}: expected {'world, or ' * (name == 'data')}a folder of clips")
         if value and out.resolve().is_relative_to(Path(value).resolve()): raise ValueError(f"--out {out} lies in --{name} {value}, so that its clips would be learned from: expected a folder elsewhere")
     if (args.aside or args.start) and not (mine and args.preset in ("tiny", "demo", "t2v")): raise ValueError("--start and --aside are for clips of your own: expected --data FOLDER, and preset tiny, demo or t2v")
-    if not args.resume and any(out.glob("*/step-*.json")): raise ValueError(f"{out} holds a run already: expected --resume, or another --out")
+    if not args.resume and (any(out.glob("*/step-*.json")) or (out/"model.safetensors").exists()): raise ValueError(f"{out} holds a run already: expected --resume, or another --out")
     check_place(out/"model.safetensors")
     if args.start not in (None, "none"): card_of(args.start)
     if args.preset == "captioner": return train_captioner(args)
@@ -526,7 +526,7 @@ def train_on(device, args, out):                      # torch.device, of the com
     "The training itself."
     from minisora import core
     from minisora.data import WorldClips
-    from minisora.train import rank, read_log
+    from minisora.train import only_here, rank, read_log
     from minisora.world import VERSION, World
     p, aside, start = preset(args.preset), None, None
     if p.pool is None and args.data != "world": raise ValueError(f"--data is {args.data}, but {args.preset} learns all scenes of a world that can be listed: expected world")
@@ -556,10 +556,11 @@ def train_on(device, args, out):                      # torch.device, of the com
         print(f"finished already: {out/'model.safetensors'}")
         if args.data == "world" or args.preset == "clip" or (out/"index.html").is_file(): return
     look = watch(data, out, 4 if args.preset == "tiny" else 36, aside)
-    if (out/"model.json").is_file(): model = load_sora(out, device)
-    elif args.preset == "dalle": model = train_dalle(p, data, out, args.seed, device, args.resume, facts, look, shard=args.shard)
-    elif args.preset == "clip": model = train_clip(p, data, out, args.seed, device, args.resume, facts)
-    else: model = train_sora(p, data, out, args.seed, device, args.resume, facts, look, start.vae if start and not p.vae_recipe else None, start, args.shard, aside)
+    with only_here(None if me else out):
+        if (out/"model.json").is_file(): model = load_sora(out, device)
+        elif args.preset == "dalle": model = train_dalle(p, data, out, args.seed, device, args.resume, facts, look, shard=args.shard)
+        elif args.preset == "clip": model = train_clip(p, data, out, args.seed, device, args.resume, facts)
+        else: model = train_sora(p, data, out, args.seed, device, args.resume, facts, look, start.vae if start and not p.vae_recipe else None, start, args.shard, aside)
     seen = [l for l in read_log(out/"dit") if "aside" in l] if aside else []
     least = min(seen, key=lambda l: l["aside"], default=None)
     verdict = seen and (f"loss on {len(aside)} clips kept aside: {seen[0]['aside']:.4f} at step {seen[0]['step']}, lowest {least['aside']:.4f} at step {least['step']}, {seen[-1]['aside']:.4f} at the end"

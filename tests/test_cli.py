@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from minisora import cli, core, data, sora, world
+from minisora import cli, core, data, sora, train, world
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +126,14 @@ def test_finished_runs(run, says, capsys):
     assert "finished already" in capsys.readouterr().out
     says(*TRAIN, "--out", run, words="holds a run already: expected --resume")
     says(*TRAIN, "--out", run, "--resume", "--batch", 4, words="finished run of .*expected")
+
+
+def test_weights_and_folders_in_use_are_safe(tmp_path, says):
+    "Weights without their checkpoints are not written over; a folder has one run at a time, whatever the preset."
+    for name in ("model.safetensors", "model.json"): (tmp_path / name).write_text("somebody's")
+    says(*TRAIN, "--out", tmp_path, words="holds a run already: expected --resume, or another --out")
+    assert (tmp_path / "model.safetensors").read_text() == "somebody's"
+    with train.only_here(tmp_path / "r"): says(*TRAIN, "--out", tmp_path / "r", words="another run is writing to")
 
 
 def test_configuration_comes_first(run, capsys, tmp_path):

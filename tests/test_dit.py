@@ -131,6 +131,22 @@ def test_any_grid_and_sampler(tiny):
         assert sample_euler(guide(tiny, 2., dict(text=0 * text)), noise, 3, text=text).shape == noise.shape
 
 
+def test_rotary_places_and_gates(batch):
+    "Both keep every form of time, padding and grid; the first is a matter of distance and of no parameters."
+    net = DiT(3, width=48, depth=2, heads=2, patch=(1, 2, 2), rope=True, gated=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters(): p.normal_(std=.1)
+        x = torch.randn(2, 2, 3, 6, 8)
+        v = net(x, .4)
+        torch.testing.assert_close(net(x, torch.full((2, 2), .4)), v, atol=1e-5, rtol=1e-5)
+        plain = DiT(net.config, rope=False)
+        plain.load_state_dict(net.state_dict())
+        assert (plain(x, .4) - v).abs().max() > 1e-4
+    assert abs(num_params(net) / num_params(DiT(net.config, gated=False)) - 1) < .01
+    assert net(torch.randn(1, 3, 3, 4, 12), .4).shape == (1, 3, 3, 4, 12)
+
+
 def test_without_captions(batch):
     x, t, ids = batch
     model = DiT(4, width=48, depth=1)

@@ -134,6 +134,25 @@ def test_qk_norm_bounds_the_scores():
         assert (largest <= math.sqrt(8) + 1e-4) == bounded
 
 
+def test_gated_mlp_equals_llamas():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    ours, theirs = MLP(48, gated=True), LlamaMLP(LlamaConfig(hidden_size=48, intermediate_size=128, num_attention_heads=4, hidden_act="silu", mlp_bias=True))
+    value, gate = ours.fc1.weight.chunk(2)
+    b, c = ours.fc1.bias.chunk(2)
+    theirs.load_state_dict({"up_proj.weight": value, "up_proj.bias": b, "gate_proj.weight": gate, "gate_proj.bias": c, "down_proj.weight": ours.fc2.weight, "down_proj.bias": ours.fc2.bias})
+    x = torch.randn(2, 5, 48, generator=generator(0))
+    close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("longest", [100., 10_000.])
+def test_attention_turns_by_the_wavelengths_it_is_given(longest):
+    attn, x, places = Attention(32, 2, longest=longest), torch.randn(2, 6, 32, generator=generator(0)), grid_positions(1, 2, 3)
+    q, k, v = attn.qkv(x).view(2, 6, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    q, k = (rope(norm(a), places, longest) for norm, a in ((attn.q_norm, q), (attn.k_norm, k)))
+    close(attn(x, positions=places), attn.proj(attention(q, k, v).transpose(1, 2).reshape(2, 6, 32)))
+
+
 def test_parameter_counts():
     d, c = 64, 48
     linear = lambda i, o: (i + 1) * o
