@@ -10,7 +10,6 @@ FOLDER = ROOT / "minisora" / "results" / "ledger"
 FILES = sorted(FOLDER.glob("*.json"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OWED = {  # written before `ci` and `n` were asked for; their notebooks owe them, and no other record may join
-    "00-reading-a-folder-of-clips-slowest-format-kept-in-memory-of-training-time": {"ci", "kind", "n"},
     "00-work-saved-by-the-kv-cache-256-tokens-4m-parameters-batch-16-times": {"ci", "kind"},
 }
 
