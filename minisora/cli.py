@@ -49,11 +49,11 @@ def preset(
     if name == "clip":  # no VAE, and the network (p.dit) is no DiT: see train_clip
         return N(world=dict(frames=1), vae=None, dit=dict(), batch=0, dit_batch=256, pool=48_000, captions=6, vae_recipe=None, dit_recipe=Recipe(steps=2400, muon=4., ema=.99, save_every=100),
                  levels=dict(paraphrase=.4, long=.3, short=.1, medium=.08, full=.06, pixels=.06))
-    if name == "figure":  # no VAE; all scenes with each of these captions; times uniform in log-snr, and the loss is bits
+    if name == "figure":  # no VAE; all scenes with each of these captions; what says nothing is learned last; times by log-snr, and the loss is bits
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=4, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
-                 batch=0, dit_batch=128, pool=None, captions=("none", "none", "none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=28_000, muon=4., save_every=1000),
+                 batch=0, dit_batch=128, pool=None, captions=("none", "none", "none", "none", "none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=28_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
         return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=45_000, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., ema=.99, save_every=150))
@@ -141,7 +141,7 @@ def train_sora(
     ids = ids.view(len(z), -1, ids.shape[1]).to(torch.short if words.vocab_size < 2**15 else torch.int)              # clips, captions, tokens
     def latents(g):
         i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(ids.shape[1], (p.dit_batch,), generator=g)
-        t = times(p.dit_batch, g) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
+        t = times(p.dit_batch, g, dense=.5) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
         return dict(latents=z[i].float(), eps=torch.randn(p.dit_batch, *z.shape[1:], generator=g), t=t, text=ids[i, k].long())
     @torch.no_grad()
     def loss_on(source):                                          # always the same clips, captions, noise and times

@@ -9,7 +9,7 @@ from PIL import Image
 
 from minisora.bayes import index, posterior
 from minisora.core import generator
-from minisora.information import LOGSNR, Rates, bits_per_logsnr, eps_loss, information, measure, shortest, time_of, times
+from minisora.information import DENSE, LOGSNR, Rates, bits_per_logsnr, eps_loss, information, measure, shortest, time_of, times
 from minisora.world import LEVELS, World
 
 GRID = torch.arange(-11, 5.1, .5)
@@ -42,6 +42,16 @@ def test_time_and_log_snr():
     counts = torch.histc(s, 11, *LOGSNR)
     assert counts.min() >= 89 and counts.max() <= 92  # as even as one in each thousandth can be
     assert torch.equal(t, times(1000, generator(0)))
+
+
+def test_dense_times():
+    "A share lies where a network is far from the floor, as even as the rest."
+    s = -2 * torch.logit(times(1100, generator(0), dense=.5))
+    inside = ((s > DENSE[0]) & (s < DENSE[1])).float().mean().item()
+    assert len(s) == 1100 and inside == pytest.approx(.5 + .5 * (DENSE[1] - DENSE[0]) / (LOGSNR[1] - LOGSNR[0]), abs=.005)
+    counts = torch.histc(s, 12, *DENSE)
+    assert counts.max() - counts.min() <= 6 and s.min() < LOGSNR[0] + .1 and s.max() > LOGSNR[1] - .1
+    assert len(times(7, generator(0), dense=.5)) == 7 and len(times(1, generator(0), dense=1.)) == 1
 
 
 def test_a_coin():
