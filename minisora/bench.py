@@ -369,7 +369,7 @@ def run(
         bf16=lambda: "not with --quick" if quick else published_step(small, 4, 16, reps, device, bf16=True),
         gpu=lambda: {f"{k}/2": published_step(SIZES[k], 2, n // less, reps, device, bf16=True) for k, n in (("DiT-S", 256), ("DiT-B", 128), ("DiT-L", 64), ("DiT-XL", 32))} if cuda else "not measured",
         parts=lambda: parts(small, 4, 16 // less, reps, device, fast=not quick),
-        presets=lambda: {k: preset_step(k, n // less, reps, device) for k, n in (("t2v", 128), ("figure", 64))},
+        presets=lambda: {k: preset_step(k, n // less, reps, device) for k, n in (("t2v", 128), ("figure", 128))},
         latency=lambda: latency(sora, reps, device), knee=lambda: knee(sora, 128 // less, points, say),
         decoding=lambda: decoding(dict(vocab=128, width=256, depth=5, heads=8), 16, 256 // less, (1, 32, 64) if quick else (1, *range(32, 257, 32)), reps, device),
         growth=lambda: growth([64 * 2**k for k in range(0, 7 if quick else 9)], 3, device))

@@ -53,7 +53,7 @@ def preset(
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=4, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
-                 batch=0, dit_batch=128, pool=None, captions=("none", "none", "none", "none", "none", "none", "short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=28_000, muon=4., save_every=1000),
+                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=28_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
         return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=45_000, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., ema=.99, save_every=150))
@@ -141,7 +141,7 @@ def train_sora(
     ids = ids.view(len(z), -1, ids.shape[1]).to(torch.short if words.vocab_size < 2**15 else torch.int)              # clips, captions, tokens
     def latents(g):
         i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(ids.shape[1], (p.dit_batch,), generator=g)
-        t = times(p.dit_batch, g, dense=.5) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
+        t = times(p.dit_batch, g, dense=.75) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
         return dict(latents=z[i].float(), eps=torch.randn(p.dit_batch, *z.shape[1:], generator=g), t=t, text=ids[i, k].long())
     @torch.no_grad()
     def loss_on(source):                                          # always the same clips, captions, noise and times

@@ -159,7 +159,7 @@ def limits(
     ids = words.encode([c for level in LEVELS for c in _told()[level]])[0].view(len(LEVELS), len(scenes), -1)
     torch.manual_seed(seed)
     net = DiT(3, vocab=words.vocab_size, **{**p.dit, **dict(width=96, heads=2, rope=False, gated=False), **ARMS[what]}).to(here)
-    kinds, exact = torch.tensor([LEVELS.index(c) for c in p.captions]), what.endswith("exact targets")
+    kinds, exact = torch.tensor([0]*6 + [*range(1, len(LEVELS))]), what.endswith("exact targets")   # half of the draws say nothing
     def draw(g):
         i, k, t, eps = torch.randint(len(scenes), (batch,), generator=g), kinds[torch.randint(len(kinds), (batch,), generator=g)], times(batch, g), torch.randn(batch, *pictures.shape[1:], generator=g)
         xt, target = add_noise(pictures[i], eps, t), pictures[i].clone()
