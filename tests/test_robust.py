@@ -115,7 +115,7 @@ def look(p, source, *args, **kw):
 
 def read_folder(folder, tmp):
     with patch.multiple(cli, train_sora=look, page=lambda out, *_: out): code, lines = minisora("train", "--preset", "tiny", "--data", folder, "--out", tmp / "out")
-    assert not (tmp / "out").exists() or {f.name for f in (tmp / "out").iterdir()} == {"clips"}     # what was decoded
+    assert not (tmp / "out").exists() or {f.name for f in (tmp / "out").iterdir()} <= {"clips", ".lock"}     # what was decoded
     shutil.rmtree(tmp / "out", ignore_errors=True)
     return code, lines
 
