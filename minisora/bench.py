@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seconds', 'race', 'middle', 'times_as_long', 'Products', 'products_alone', 'Original', 'to_diffusers', 'shaken',
-           'step_of', 'eagerly', 'enter', 'finish', 'published_step', 'preset_step', 'Nothing', 'parts', 'latency',
-           'knee', 'decoding', 'kept', 'growth', 'draw', 'machine', 'run']
+           'step_of', 'eagerly', 'enter', 'finish', 'published_step', 'preset_step', 'parts', 'latency', 'knee',
+           'decoding', 'kept', 'growth', 'draw', 'machine', 'run']
 
 # %% ../nbs/50_fast.ipynb #35ff3ccf
 import copy, importlib.metadata, importlib.util, math, os, platform, time
@@ -209,7 +209,7 @@ def preset_step(name, batch, reps, device, bf16=False) -> dict:  # name: of weig
     return finish(calls, reps, device, flops, batch=batch, bf16=bf16, params=core.num_params(model.dit), compile_seconds=took)
 
 # %% ../nbs/50_fast.ipynb #bab5302e
-class Nothing(nn.Module):
+class _Nothing(nn.Module):
     "What is left where a part was."
     def forward(self, x, **_): return x
 
@@ -218,7 +218,7 @@ def parts(shape, patch, batch, reps, device, fast=True, side=32) -> dict:  # as 
     torch.compiler.reset(); torch.manual_seed(0)
     model, depth, width = shaken(ClassDiT(**shape, patch=patch, side=side)).to(device), shape["depth"], shape["width"]
     bare, block = copy.deepcopy(model.trunk), model.trunk.blocks[0]
-    for b in (bare, *bare.blocks): b.attn = b.mlp = b.out = Nothing()  # what is left of a trunk: adaLN's product, norms, gates, sums
+    for b in (bare, *bare.blocks): b.attn = b.mlp = b.out = _Nothing()  # what is left of a trunk: adaLN's product, norms, gates, sums
     h, cond = (torch.randn(batch, n, width, device=device, requires_grad=True) for n in ((side // patch)**2, 1))
     calls, rows = {}, {}
     for name, f, inputs, count in (("attention", block.attn, (h,), depth), ("MLP", block.mlp, (h,), depth), ("adaLN", bare, (h, cond), 1)):

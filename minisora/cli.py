@@ -624,7 +624,7 @@ def train_captioner(args):
     from minisora import core
     from minisora.captioner import Captioner, CaptionerConfig, caption_loss, generate
     from minisora.text import Tokenizer
-    from minisora.train import fit
+    from minisora.train import fit, only_here
     from minisora.world import VERSION, World
     p, out, device = adjusted(preset("captioner"), args.steps, args.batch, args.lr, args.save_every, args.bf16), Path(args.out), core.device(args.device)
     facts = dict(data="world", world=VERSION) if args.data == "world" else dict(data="folder")
@@ -645,7 +645,7 @@ def train_captioner(args):
     unseen = {name: (world, world.sample(96, core.generator(2**40))) for name, world in dict(images=World(frames=1), clips=World(), pairs=World(sprites=2, frames=1)).items()} if args.data == "world" else {}
     def look(_, model):                                   # an exact copy of the long caption; of two sprites either may be named first
         return {name: sum(a in (b, c) for a, b, c in zip(generate(model, world.render(s).to(device)), world.caption(s), world.caption(mirrored(s))))/len(s) for name, (world, s) in unseen.items()}
-    done = fit(model, lambda **b: caption_loss(model, **b), draw, replace(p.dit_recipe, seed=args.seed), out/"captioner", args.resume, facts, look, name="captioner")
+    with only_here(out): done = fit(model, lambda **b: caption_loss(model, **b), draw, replace(p.dit_recipe, seed=args.seed), out/"captioner", args.resume, facts, look, name="captioner")
     model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
     print(f"finished: {out/'model.safetensors'}; minisora caption FILE --weights {out} captions with it")
 

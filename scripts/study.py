@@ -35,6 +35,9 @@ from minisora.world import COLORS, LEVELS, SHAPES, VERSION, World, grade, read
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _bf16(): return core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+
+
 # --- latents (claim 17, chapter 40): the same DiT on a VAE's latents and on raw patches, at equal training FLOPs
 
 @lru_cache
@@ -131,7 +134,7 @@ def levels(
     "Train on every level of caption at once for so many FLOPs; excess over the floor in bits, and pictures right, by level."
     p, n = cli.preset("figure"), core.at_scale(test=8, cpu=128, gpu=512)
     p.dit = p.dit | SIZES[size]
-    bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+    bf16 = _bf16()
     def train(steps):
         p.dit_recipe = replace(p.dit_recipe, steps=steps, warmup=min(100, steps//4), compile=core.at_scale(test=False, cpu=steps >= 2000, gpu=True), bf16=bf16, save_every=steps)
         with tempfile.TemporaryDirectory() as out: return cli.train_sora(p, WorldClips(World(**p.world), dict.fromkeys(p.captions, 1)), out, seed)
@@ -167,7 +170,7 @@ def limits(
             if len(mine := (k == j).nonzero()[:, 0]): target[mine] = bayes.posterior(xt[mine], t[mine], pictures, said=said[level][i[mine]], captions=said[level]).mean
         return dict(xt=xt, t=t, target=target, text=ids[k, i])
     def loss(xt, t, target, text): return ((x0_from_v(xt, net(xt, t, text), t) - target).flatten(1).pow(2).mean(1)*((1 - t)/t)**2).mean()   # the error of the noise
-    bf16 = here.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = _bf16()
     run = fit(net, loss, draw, Recipe(steps=steps, warmup=min(100, steps//4), muon=4., bf16=bf16, compile=core.at_scale(test=False, cpu=True, gpu=True), seed=seed), name=what)
     return dict(steps=steps, batch=batch, flops=run["flops"], parameters=core.num_params(net), n=n, bf16=bf16, compiled=run["compiled"], excess=_excess(net, dict(zip(LEVELS, ids)), n, seed))
 
@@ -307,7 +310,7 @@ def abilities(
     def draw(g):
         i, k = torch.randint(len(d.codes), (batch,), generator=g), torch.randint(2, (batch,), generator=g)
         return dict(text=d.ids[i, k], tokens=d.codes[i])
-    bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+    bf16 = _bf16()
     recipe = Recipe(steps=steps, warmup=min(50, steps), muon=4., ema=.99, seed=seed, bf16=bf16, compile=core.at_scale(test=False, cpu=width >= 64, gpu=True))
     run = fit(model.gpt, model.loss, draw, recipe, name=f"width {width}, seed {seed}")
 
@@ -362,7 +365,7 @@ def _peers():
     torch.set_num_threads(1)  # then a second is the processor's, which other programs hardly lengthen
     world, sora, g = World(), Sora.from_pretrained("t2v", core.device()), core.generator(0)
     pool, batch, source, z, said = core.at_scale(test=16, cpu=12_000, gpu=100_000), core.at_scale(test=4, cpu=64, gpu=256), WorldClips(world, cli.LEVELS), [], []
-    bf16 = core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+    bf16 = _bf16()
     for _ in range(0, pool, 200):
         few = source.batch(g, min(200, pool), captions=4)
         z.append(sora.latents(few["clips"].to(sora.device)).half().cpu()); said += [c for row in few["captions"] for c in row]

@@ -133,7 +133,8 @@ def test_weights_and_folders_in_use_are_safe(tmp_path, says):
     for name in ("model.safetensors", "model.json"): (tmp_path / name).write_text("somebody's")
     says(*TRAIN, "--out", tmp_path, words="holds a run already: expected --resume, or another --out")
     assert (tmp_path / "model.safetensors").read_text() == "somebody's"
-    with train.only_here(tmp_path / "r"): says(*TRAIN, "--out", tmp_path / "r", words="another run is writing to")
+    with train.only_here(tmp_path / "r"):
+        for how in (TRAIN, ("train", "--preset", "captioner", "--steps", 2, "--batch", 2)): says(*how, "--out", tmp_path / "r", words="another run is writing to")
 
 
 def test_configuration_comes_first(run, capsys, tmp_path):
