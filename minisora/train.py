@@ -382,7 +382,7 @@ def fit(
             else:
                 try:
                     restore(tensors, model, average, opts)
-                    start, flops, compiled, recent = newest, int(old["flops"]), bool(old["compiled"]) and not shard, [[float(v) for v in values] for values in old.get("recent", [])]
+                    start, flops, compiled, recent = newest, int(old["flops"])//newest*r.steps, bool(old["compiled"]) and not shard, [[float(v) for v in values] for values in old.get("recent", [])]
                 except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError):
                     raise core.UserError(f"{out} holds a model of other tensors than this one, or a damaged card: take another folder") from None
                 if start == r.steps: tqdm.write(f"{out} is finished: all {start} steps are done")
@@ -414,7 +414,7 @@ def fit(
                     if log and seen: log.write(done, **seen)
                 if files and (regular or stop):
                     whole = state_tensors(model, average, opts)
-                    if not me: files.save(done, whole, dict(facts, flops=flops, compiled=compiled, recent=recent))
+                    if not me: files.save(done, whole, dict(facts, flops=flops//r.steps*done, compiled=compiled, recent=recent))
                 if stop and done < r.steps:                                         # else it is passed on, to whatever comes next
                     raise Stopped(f"stopped after step {done} of {r.steps}" + ("; saved: the same command with --resume goes on from there" if files else ""))
     if shard:

@@ -154,6 +154,7 @@ def test_interrupted_by_a_signal(whole, tmp_path):
         with pytest.raises(Stopped) as e: run(out, draw=after(13, lambda: signal.raise_signal(kind)))     # in the seventh step
         one_line(e, "step 7 of 20", "--resume")
         assert [p.name for p in Checkpoints(out).found()] == ["step-000007.json"]
+        assert Checkpoints(out).load()[1]["flops"] * 20 == whole[1]["flops"] * 7                          # what was spent, not what was planned
         run(out)
         same(whole, out)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
