@@ -40,6 +40,15 @@ def _scan(x, t, scenes, chunk):                                            # (b 
     return mean, (power/total)[:, 0] - (mean*mean).sum(1), (total.log() - energy/total)[:, 0], (top + total.log())[:, 0]
 
 # %% ../nbs/03_bayes.ipynb #ba1da515
+def _checked(xt, t, scenes, dtype):                                       # as in `posterior` -> (b 1)
+    "The time of each noisy picture, where all three fit each other."
+    b, t = len(xt), torch.as_tensor(t, dtype=dtype, device=xt.device)
+    if t.shape not in ((), (b,)) or not ((0 <= t) & (t <= 1)).all(): raise ValueError(f"t has shape {tuple(t.shape)}, from {t.min():.4g} to {t.max():.4g}: expected a number or ({b},), in [0, 1]")
+    if not len(scenes): raise ValueError("scenes is empty: expected at least one")
+    shape = tuple(scenes.shape[1:]) if isinstance(scenes, Tensor) else (scenes.world.frames, 3, scenes.world.size, scenes.world.size)
+    if tuple(xt.shape[1:]) != shape: raise ValueError(f"xt has shape {tuple(xt.shape)}: expected (b, {', '.join(map(str, shape))}), as the scenes")
+    return t.expand(b)[:, None].clamp(min=1e-6 if dtype == torch.float64 else 1e-2)
+
 class Posterior(NamedTuple):
     "What Bayes' rule says of noisy pictures."
     mean: Tensor  # as xt: the guess of least expected squared error
@@ -54,17 +63,13 @@ def posterior(
     said: Tensor | None = None,  # (b) number of the caption of each noisy picture; None: nothing was said
     captions: Tensor | None = None,  # (k) number of the caption of each scene, see `index`
     dtype: torch.dtype = torch.float64,  # float32 is faster, and good enough for averages above t = 0.1
-    chunk: int = 2048,  # scenes at a time: bounds the memory
+    chunk: int = 2048,  # scenes at a time: memory grows with b times this, however many there are
 ) -> Posterior:
     "Bayes' rule over a list of scenes, for xt = (1 - t)·x0 + t·eps."
-    b, t = len(xt), torch.as_tensor(t, dtype=dtype, device=xt.device)
-    if t.shape not in ((), (b,)) or not ((0 <= t) & (t <= 1)).all(): raise ValueError(f"t has shape {tuple(t.shape)}, from {t.min():.4g} to {t.max():.4g}: expected a number or ({b},), in [0, 1]")
-    if not len(scenes): raise ValueError("scenes is empty: expected at least one")
-    shape = tuple(scenes.shape[1:]) if isinstance(scenes, Tensor) else (scenes.world.frames, 3, scenes.world.size, scenes.world.size)
-    if tuple(xt.shape[1:]) != shape: raise ValueError(f"xt has shape {tuple(xt.shape)}: expected (b, {', '.join(map(str, shape))}), as the scenes")
+    b, t = len(xt), _checked(xt, t, scenes, dtype)
     if (said is None) != (captions is None) or said is not None and (len(said), len(captions)) != (b, len(scenes)):
         raise ValueError(f"said has {'none' if said is None else len(said)} and captions {'none' if captions is None else len(captions)}: expected {b} and {len(scenes)} numbers, or none of both")
-    x, t = xt.flatten(1).to(dtype), t.expand(b)[:, None].clamp(min=1e-6 if dtype == torch.float64 else 1e-2)
+    x = xt.flatten(1).to(dtype)
     mean, numbers = torch.empty_like(x), torch.empty(3, b, dtype=dtype, device=x.device)
     for c in [None] if said is None else said.unique():
         rows, allowed = (slice(None), scenes) if c is None else ((said == c).nonzero()[:, 0], scenes[(captions == c).nonzero()[:, 0]])
@@ -96,5 +101,5 @@ def classify(
 ) -> Tensor:  # (b m) natural log of the probability of each caption
     "The exact posterior over captions: the best classifier there can be, for this prior and this noise."
     if len(captions) != len(scenes): raise ValueError(f"captions has {len(captions)} numbers for {len(scenes)} scenes: expected one each")
-    x, t = xt.flatten(1).double(), torch.as_tensor(t, dtype=torch.float64, device=xt.device).expand(len(xt))[:, None].clamp(min=1e-6)
+    x, t = xt.flatten(1).double(), _checked(xt, t, scenes, torch.float64)
     return torch.stack([_scan(x, t, scenes[(captions == c).nonzero()[:, 0]], chunk)[3] for c in range(int(captions.max()) + 1)], 1).log_softmax(1)

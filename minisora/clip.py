@@ -69,7 +69,8 @@ class CLIPConfig:
     embed: int = 64  # numbers in the space where both meet
     end: str | int = "last"  # whose state stands for a text: the last token that is not 0, the "largest" id, or the first token of this id
     qk_norm: bool = True  # see transformer.Attention; published models have none
-    quick_gelu: bool = False  # published models have it
+    quick_gelu: bool = False  # x·σ(1.702x), which published models have; else the usual tanh form …
+    exact_gelu: bool = False  # … or the error function itself
 
     def __post_init__(self):
         if self.side % self.patch: raise ValueError(f"side is {self.side}, patch {self.patch}: expected a multiple")
@@ -78,14 +79,14 @@ class CLIPConfig:
 class Tower(nn.Module):
     "What both towers share: blocks, then one token's state into the common space."
     def __init__(self,
-        width, depth, heads, embed, qk_norm, quick_gelu,  # see CLIPConfig
+        width, depth, heads, embed, qk_norm, quick_gelu, exact_gelu,  # see CLIPConfig
         causal,  # tokens see only those before them
     ):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads, causal=causal, qk_norm=qk_norm) for _ in range(depth))
         self.norm, self.proj = nn.LayerNorm(width), nn.Linear(width, embed, bias=False)
-        if quick_gelu:
-            for block in self.blocks: block.mlp.act = QuickGELU()
+        if quick_gelu or exact_gelu:
+            for block in self.blocks: block.mlp.act = QuickGELU() if quick_gelu else nn.GELU()
 
     def forward(self,
         x,  # (b n d)
@@ -109,8 +110,8 @@ class CLIP(nn.Module):
         self.token = nn.Parameter(.02 * torch.randn(c.width))  # stands for the whole picture
         self.places = nn.Parameter(.02 * torch.randn(1 + (c.side // c.patch)**2, c.width))
         self.words, self.text_places = nn.Embedding(c.vocab, c.text_width), nn.Parameter(.02 * torch.randn(c.length, c.text_width))
-        self.image = Tower(c.width, c.depth, c.heads, c.embed, c.qk_norm, c.quick_gelu, causal=False)
-        self.text = Tower(c.text_width, c.text_depth, c.text_heads, c.embed, c.qk_norm, c.quick_gelu, causal=True)
+        self.image = Tower(c.width, c.depth, c.heads, c.embed, c.qk_norm, c.quick_gelu, c.exact_gelu, causal=False)
+        self.text = Tower(c.text_width, c.text_depth, c.text_heads, c.embed, c.qk_norm, c.quick_gelu, c.exact_gelu, causal=True)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the factor's logarithm, as in the paper
         nn.init.normal_(self.words.weight, std=.05)
 
@@ -284,7 +285,7 @@ def load_clip(
         if given is None and d % 64 or given is not None and (given < 1 or d % given): raise ValueError(f"{name} is {given}, and that tower is {d} wide: expected a number that divides it")
         heads.append(given or d // 64)
     depth, text_depth = (len({k.removeprefix(p).split(".")[0] for k in state if k.startswith(p)}) for p in ("visual.transformer.resblocks.", "transformer.resblocks."))
-    config = CLIPConfig(vocab, math.isqrt(tokens - 1) * patch, patch, width, depth, heads[0], text_width, text_depth, heads[1], length, shape("visual.proj", 2)[1], end, False, quick_gelu)
+    config = CLIPConfig(vocab, math.isqrt(tokens - 1) * patch, patch, width, depth, heads[0], text_width, text_depth, heads[1], length, shape("visual.proj", 2)[1], end, False, quick_gelu, not quick_gelu)
     with torch.device("meta"): model = CLIP(config)
     ours = published(model.to_empty(device="cpu"))
     for key in sorted(ours.keys() | state.keys()):

@@ -77,7 +77,9 @@ class GPT(nn.Module):
     ):  # (b m+n) long
         "Add tokens one by one, each drawn after all before it; guided as in [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598), in logits."
         if tokens.ndim != 2 or not tokens.shape[1]: raise ValueError(f"tokens is {tuple(tokens.shape)}: expected (b, m) with m from 1 up")
+        if not isinstance(n, int) or n < 0: raise ValueError(f"n is {n!r}: expected a whole number from 0")
         if tokens.shape[1] + n > self.length: raise ValueError(f"{tokens.shape[1]} tokens and n = {n} more: expected at most {self.length} in all")
+        if allowed is not None and not allowed.any(): raise ValueError("allowed allows no token: expected at least one")
         if cfg_scale != 1 and null is None: raise ValueError(f"cfg_scale is {cfg_scale} without null: expected tokens without their condition")
         if null is not None and null.shape != tokens.shape: raise ValueError(f"null is {tuple(null.shape)}: expected {tuple(tokens.shape)}, as tokens")
         seen = new = tokens if null is None else torch.cat([tokens, null])
@@ -101,7 +103,7 @@ def choose(
     generator=None,  # or a list of one a row
 ):  # (b) long
     "Draw a token of each row; nucleus sampling is [Holtzman et al. 2019](https://arxiv.org/abs/1904.09751)."
-    if temperature < 0: raise ValueError(f"temperature is {temperature}: expected 0 or more")
+    if not (temperature == 0 or 1e-6 <= temperature < math.inf): raise ValueError(f"temperature is {temperature}: expected 0, or a number from 1e-6 up")
     if top_k is not None and top_k < 1: raise ValueError(f"top_k is {top_k}: expected 1 or more")
     if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p is {top_p}: expected a number above 0, at most 1")
     if isinstance(generator, (list, tuple)) and len(generator) != len(logits): raise ValueError(f"generator lists {len(generator)} for {len(logits)} rows: expected as many")

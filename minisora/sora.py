@@ -6,7 +6,8 @@
 __all__ = ['SAMPLERS', 'SAMPLING', 'DETAIL', 'vae_file', 'Pixels', 'Sora', 'learn_words']
 
 # %% ../nbs/41_sora.ipynb #86d3edb0
-import warnings
+import math, operator, warnings
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -106,14 +107,18 @@ class Sora(nn.Module):
         progress=None,      # wraps the list of steps, e.g. tqdm
     ):                      # (b f c h w) in [-1, 1]
         "Clips for prompts; each depends on its own prompt and seed alone."
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts: raise ValueError("prompts is empty: expected at least one")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if not prompts or not all(isinstance(p, str) for p in prompts): raise ValueError(f"prompts is {str(prompts)[:99]}: expected a text, or a list of one or more")
         if image is not None or mask is not None: raise ValueError("image and mask need a model that was trained with frame masks, which this one was not")
         s = {**SAMPLING, **self.card.get("sampling", {}), **{k: v for k, v in dict(sampler=sampler, steps=steps, shift=shift, cfg_scale=cfg_scale, frames=frames, height=height, width=width).items() if v is not None}}
         frames = s["frames"]
         if s["sampler"] not in SAMPLERS: raise ValueError(f"sampler is {s['sampler']!r}: expected one of {', '.join(SAMPLERS)}")
-        if not isinstance(frames, int) or frames < 1: raise ValueError(f"frames is {frames!r}: expected a whole number from 1")
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + k for k in range(len(prompts))]
+        for k in ("frames", "height", "width", "steps"):
+            if type(s[k]) is not int or s[k] < 1: raise ValueError(f"{k} is {s[k]!r}: expected a whole number from 1")
+        if not (isinstance(s["cfg_scale"], (int, float)) and math.isfinite(s["cfg_scale"])): raise ValueError(f"cfg_scale is {s['cfg_scale']!r}: expected a finite number")
+        try: seeds = [operator.index(k) for k in seed] if isinstance(seed, Iterable) and getattr(seed, "ndim", 1) else [operator.index(seed) + k for k in range(len(prompts))]
+        except TypeError: raise ValueError(f"seed is {seed!r}: expected a whole number, or one for each prompt") from None
+        if not all(-2**63 <= k < 2**64 for k in seeds): raise ValueError(f"seed is {seed!r}: expected whole numbers below 2**64")
         if len(seeds) != len(prompts): raise ValueError(f"seed lists {len(seeds)} for {len(prompts)} prompts: expected as many")
         pf, was = self.vae.config.frames, self.training
         shape = self.vae.latent_shape(1 + -(-(frames - 1)//pf)*pf, s["height"], s["width"])

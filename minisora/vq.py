@@ -23,6 +23,7 @@ def nearest(
     codebook,  # (k d)
 ):  # (n) long
     "Index of the nearest code by one matrix product: |x|² is the same for all codes, so it need not be known."
+    x, codebook = x - (middle := codebook.mean(0)), codebook - middle     # far from 0 the difference of large squares would be rounded away
     return (codebook.pow(2).sum(1) - 2*x @ codebook.T).argmin(1)
 
 # %% ../nbs/10_vq.ipynb #89041d7a
@@ -228,6 +229,7 @@ class FSQ(nn.Module):
         levels=(8, 6, 5),  # values that each number may take
     ):
         super().__init__()
+        if not levels or not all(type(n) is int and 2 <= n <= 1000 for n in levels): raise ValueError(f"levels is {levels!r}: expected whole numbers from 2 to 1000")
         self.codes, self.width = math.prod(levels), len(levels)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("places", torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False)

@@ -493,31 +493,41 @@ def _phrases():
 PHRASES = _phrases()
 
 # %% ../nbs/02_world.ipynb #64567e3f
+def _set_out(W, size, place):                          # index; centres (x, y) at the start, in the middle, at the end
+    "The direction in which a sprite set out that bounced through these places."
+    if len(place) < 3 or W.sprites > 1 or size is None:   # where it went first
+        dx, dy = next(((q[0] - p[0], q[1] - p[1]) for p, q in zip(place, place[1:]) if p != q), (0, 0))
+        return int(dx > 0) if abs(dx) > abs(dy) else 2 + int(dy > 0)
+    z = torch.zeros(4, 1, dtype=torch.long)               # in a long clip it has met a wall by then: try all four
+    s = Scenes(W, z, z, z + size, z, z, z + BOUNCE, torch.arange(4)[:, None], torch.tensor(place[0]).float().expand(4, 1, 2), z[:, 0], z[:, 0])
+    at = W.kinematics(s)[0][:, 0, [(W.frames - 1)//2, W.frames - 1]]
+    return int((at - torch.tensor(place[1:3])).abs().sum((1, 2)).argmin())
+
 def _parse(W, text):
     "What a prompt asks of each sprite (dicts), its relations, its background, and the words that asked for nothing."
     words = re.findall(r"x\d+ y\d+|(?:no )?grain(?: \d+)?|[a-z]+(?:'[a-z]+)?|\d+|[^\s\w]", re.sub("[-–—]", " ", text.lower()))
     said, places, ways = ([kind() for _ in range(W.sprites)] for kind in (dict, list, list))
-    relations, ground, unknown, i, at = [], -1, [], 0, 0
+    relations, ground, unknown, i, at, verb = [], -1, [], 0, 0, False
     while at < len(words):
         phrase, n = next(((p, n) for n in range(6, 0, -1) if (p := " ".join(words[at:at + n])) in PHRASES), (words[at], 1))
         (k, v), at = PHRASES.get(phrase, (None, None)), at + n
         if m := re.fullmatch(r"x(\d+) y(\d+)", phrase): places[i].append((int(m[1]), int(m[2])))
         elif m := re.fullmatch(r"(?:no )?grain(?: (\d+))?", phrase): said[i].setdefault("grain", int(m[1] or 0))
-        elif k == "way": ways[i].append(v)
+        elif k == "way": ways[i].insert(0 if verb else len(ways[i]), (v, phrase))   # the way that follows a verb counts before others
         elif k == "relation" and len(relations) < W.sprites - 1: relations, i = relations + [v], min(i + 1, W.sprites - 1)
         elif k == "background" and ground in (-1, v): ground = v
         elif k in ("shape", "size", "texture", "motion", "color") and words[at:at + 1] != ["background"] and said[i].setdefault(k, v) == v: pass
         elif phrase in ("a", "an") and "shape" in said[i] and i < W.sprites - 1: i += 1
         elif k != "verb" and phrase not in FILLERS: unknown.append(phrase)
+        if k or phrase not in FILLERS: verb = k == "verb"
     for a, place, way in zip(said, places, ways):
-        axes = {w//2: w for w in reversed(way)}  # the first word for each axis
-        if axes and a.get("motion", BOUNCE) == BOUNCE:
-            if "motion" in a: a["path"] = way[0]
-            else: a["motion"] = list(MOTIONS.values()).index(tuple(sum(list(DIRECTIONS.values())[w][j] for w in axes.values()) for j in (0, 1)))
+        axes = {w//2: w for w, _ in reversed(way)}  # the first word for each axis
+        if axes and "motion" not in a: a["motion"] = list(MOTIONS.values()).index(tuple(sum(list(DIRECTIONS.values())[w][j] for w in axes.values()) for j in (0, 1)))
+        else: axes = {0: a.setdefault("path", way[0][0])} if way and a["motion"] == BOUNCE else {}
+        unknown += [phrase for w, phrase in way if w not in axes.values()]  # it contradicts another, or nothing goes that way
         if place: a["start"] = place[0]
         if len(place) > 1 and a.get("motion") == BOUNCE:
-            dx, dy = (q - p for p, q in zip(place[0], place[1]))
-            a["path"] = int(dx > 0) if abs(dx) > abs(dy) else 2 + int(dy > 0)
+            a["path"] = _set_out(W, a.get("size"), place)
         if a.get("motion", BOUNCE) != BOUNCE: a["path"] = 0
         if ground >= 0 and {"shape", "color", "size"} <= set(a) and (W.frames == 1 or "motion" in a): a.setdefault("texture", 0)  # who names all else means plain
     return said, relations, ground, unknown

@@ -150,4 +150,7 @@ def test_errors(kw, culprit):
 
 
 def test_classify_error():
-    with pytest.raises(ValueError, match="captions has 3"): bayes.classify(toy()[:2], .5, toy(), torch.zeros(3).long())
+    p = toy()
+    with pytest.raises(ValueError, match="captions has 3"): bayes.classify(p[:2], .5, p, torch.zeros(3).long())
+    for wrong, says in ((dict(t=1.5), "t has"), (dict(t=math.nan), "t has"), (dict(t=torch.zeros(3)), "t has"), (dict(xt=torch.zeros(2, 1, 3, 4, 4)), "xt has"), (dict(scenes=p[:0], captions=torch.zeros(0).long()), "scenes is empty")):
+        with pytest.raises(ValueError, match=says): bayes.classify(**{**dict(xt=p[:2], t=.5, scenes=p, captions=torch.zeros(len(p)).long()), **wrong})

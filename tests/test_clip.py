@@ -1,6 +1,6 @@
 "CLIP: the loss against a loop and across processes, the published weights against another implementation, the weights that ship."
 import json, math, os, subprocess, sys, warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -195,12 +195,12 @@ SHAPES = (dict(width=64, depth=1, heads=1, text_width=128, text_depth=2, text_he
           dict(width=128, depth=3, heads=2, text_width=64, text_depth=1, text_heads=1, embed=48, side=48, patch=16, vocab=90, length=14))
 
 
-def other(s, eos, seed=0):
+def other(s, eos, seed=0, act="quick_gelu"):
     "The independent implementation with random weights; biases and norms too, which it would leave at nought and one."
     transformers = pytest.importorskip("transformers")
-    text = dict(hidden_size=s["text_width"], intermediate_size=4*s["text_width"], num_hidden_layers=s["text_depth"], num_attention_heads=s["text_heads"], vocab_size=s["vocab"],
+    text = dict(hidden_size=s["text_width"], intermediate_size=4*s["text_width"], num_hidden_layers=s["text_depth"], num_attention_heads=s["text_heads"], vocab_size=s["vocab"], hidden_act=act,
                 max_position_embeddings=s["length"], eos_token_id=eos, bos_token_id=1, pad_token_id=0)
-    vision = dict(hidden_size=s["width"], intermediate_size=4*s["width"], num_hidden_layers=s["depth"], num_attention_heads=s["heads"], image_size=s["side"], patch_size=s["patch"])
+    vision = dict(hidden_size=s["width"], intermediate_size=4*s["width"], num_hidden_layers=s["depth"], num_attention_heads=s["heads"], image_size=s["side"], patch_size=s["patch"], hidden_act=act)
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=s["embed"])).eval()
     g = core.generator(seed)
     with torch.no_grad():
@@ -229,6 +229,16 @@ def openai_names(state):
     out["visual.positional_embedding"] = get("vision_model.embeddings.position_embedding.weight")
     out["text_projection"], out["visual.proj"], out["logit_scale"] = get("text_projection.weight").T.contiguous(), get("visual_projection.weight").T.contiguous(), get("logit_scale")
     return out | dict(input_resolution=torch.tensor(224), context_length=torch.tensor(77), vocab_size=torch.tensor(49408))    # as OpenAI's files have them
+
+
+@pytest.mark.parametrize("s", SHAPES, ids=["small", "larger"])
+def test_a_plain_gelu_is_the_exact_one(s, tmp_path):
+    theirs, g = other(s, 2, act="gelu"), core.generator(1)
+    ours, pixels, ids = load_clip(theirs.state_dict(), quick_gelu=False), torch.randn(3, 3, s["side"], s["side"], generator=g), torch.randint(3, s["vocab"] - 1, (5, s["length"] - 2), generator=g)
+    ids[:, 4:] = s["vocab"] - 1
+    with torch.no_grad(): want = theirs(input_ids=ids, pixel_values=pixels)
+    assert (F.normalize(ours.encode_image(pixels), dim=-1) - want.image_embeds).abs().max() < 1e-5 and (F.normalize(ours.encode_text(ids), dim=-1) - want.text_embeds).abs().max() < 1e-5
+    assert CLIPConfig(**json.loads(json.dumps(asdict(ours.config)))) == ours.config and ours.config.exact_gelu
 
 
 @pytest.mark.parametrize("names", ["port", "OpenAI"])

@@ -99,6 +99,8 @@ def test_birth_and_counts():
     (lambda g: g.generate(prompt(), 36), "at most 40"), (lambda g: g(prompt(1, 41)), "at most 40"),
     (lambda g: g.generate(prompt(2, 0), 3), "expected \\(b, m\\)"), (lambda g: g.generate(prompt(), 3, cfg_scale=2.), "without null"),
     (lambda g: g.generate(prompt(), 3, null=prompt(1)), "null is"), (lambda g: g.generate(prompt(), 3, temperature=-1.), "temperature is -1"),
+    (lambda g: g.generate(prompt(), -1), "n is -1"), (lambda g: g.generate(prompt(), 3, temperature=math.nan), "temperature is nan"), (lambda g: g.generate(prompt(), 3, temperature=1e-39), "temperature is 1e-39"),
+    (lambda g: g.generate(prompt(), 3, allowed=torch.zeros(64, dtype=torch.bool)), "allowed"),
     (lambda g: g.generate(prompt(), 3, top_k=0), "top_k is 0"), (lambda g: g.generate(prompt(), 3, top_p=1.5), "top_p is 1.5")])
 def test_mistakes_are_named(gpt, call, names):
     with pytest.raises(ValueError, match=names): call(gpt)

@@ -1,10 +1,12 @@
 "Caption to clip: seeds, batches, sizes, prompts, checkpoints, and what the shipped model knows."
 import json
+import math
 import re
 import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,8 +102,14 @@ def test_unknown_words_are_said_once_and_left_out(model):
     assert torch.equal(first, model.ids(["a red circle"]))
 
 
+def test_a_seed_is_any_whole_number_or_a_row_of_them(model):
+    want = model.generate(["a", "b"], seed=3, steps=1)
+    for seed in (np.int64(3), torch.tensor(3), [3, 4], range(3, 5), np.array([3, 4]), torch.tensor([3, 4])): assert torch.equal(model.generate(["a", "b"], seed=seed, steps=1), want)
+
+
 @pytest.mark.parametrize("wrong, says", [(dict(prompts=[]), "prompts"), (dict(frames=0), "frames"), (dict(frames=2.5), "frames"), (dict(height=33), "height"),
-    (dict(sampler="x"), "sampler"), (dict(seed=[1, 2]), "seed"), (dict(steps=0), "steps"), (dict(image=torch.zeros(3, 32, 32)), "image")])
+    (dict(sampler="x"), "sampler"), (dict(prompts=None), "prompts"), (dict(prompts=[1]), "prompts"), (dict(frames=True), "frames"), (dict(height=32.), "height"), (dict(cfg_scale=math.nan), "cfg_scale"), (dict(cfg_scale="2"), "cfg_scale"),
+    (dict(seed=None), "seed"), (dict(seed="a"), "seed"), (dict(seed=1.5), "seed"), (dict(seed=2**64 + 5), "seed"), (dict(seed=[1, 2]), "seed"), (dict(steps=0), "steps"), (dict(image=torch.zeros(3, 32, 32)), "image")])
 def test_wrong_arguments_are_named(model, wrong, says):
     with pytest.raises(ValueError, match=says): model.generate(**{**dict(prompts="a", steps=1), **wrong})
 

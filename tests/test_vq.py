@@ -143,7 +143,16 @@ def test_sizes_that_do_not_divide(size, names):
     with pytest.raises(ValueError, match=names): VQVAE(VQConfig(frames=4)).grid(*size)
 
 
+def test_the_nearest_code_is_found_far_from_the_origin():
+    x, codes = (torch.randn(n, 6, generator=generator(n)) + 1000 for n in (2000, 50))
+    assert torch.equal(nearest(x, codes), torch.cdist(x.double(), codes.double()).argmin(1))
+
+
 def test_bad_arguments_and_counts():
     with pytest.raises(ValueError, match="codes is 0"): VectorQuantizer(0, 4)
+    for levels in ((1, 3), (1003,), (), (2.5,)):
+        with pytest.raises(ValueError, match="levels is"): FSQ(levels)
+    _, at, _ = FSQ((1000,))(torch.tensor([[-99.], [99.]]))
+    assert at.tolist() == [0, 999]
     with pytest.raises(ValueError, match="7 numbers a vector: expected 4"): VectorQuantizer(8, 4)(torch.zeros(2, 7))
     assert num_params(VQVAE()) == 158_528

@@ -147,6 +147,19 @@ def test_paraphrases_say_nothing_false(kind):
     assert ((back.shape >= 0) | (back.color >= 0)).all()
 
 
+@pytest.mark.parametrize("frames", [2, 3, 5, 17, 25, 33, 65])
+def test_the_way_of_a_bounce_is_read_from_its_places(frames):
+    W = World(frames=frames)
+    s = W.sample(2000, gen(71), "all")
+    s = s[s.motion[:, 0] == w.BOUNCE]
+    s = s[[k for k, c in enumerate(W.caption(s, "full")) if "through" in c]]     # else it is back where it was, in the middle and at the end
+    told, back = W.caption(s, "full"), W.asked(W.caption(s, "full"))
+    assert len(s) > 50 and (back.path >= 0).all()
+    again = s.map(lambda t: t.clone()); again.path = back.path
+    assert W.caption(again, "full") == told                             # the same places: of some lengths two ways share them
+    assert (back.path == s.path).float().mean() > (.98 if frames <= 17 else .8)
+
+
 @pytest.mark.parametrize("text, said, unknown", [
     ("a triangle, green, that drifts to the right", dict(shape="triangle", color="green", motion="moving right"), []),
     ("A LARGE RED CIRCLE MOVING LEFT ON A BLACK BACKGROUND", dict(shape="circle", color="red", size="large", texture="plain", motion="moving left", background="black"), []),
@@ -156,6 +169,9 @@ def test_paraphrases_say_nothing_false(kind):
     ("a tiny disc with stripes at rest against gray", dict(shape="circle", size="small", texture="striped", motion="standing still", background="gray"), []),
     ("a fluffy purple elephant", dict(color="purple"), ["fluffy", "elephant"]),
     ("a green star on a red background", dict(shape="star", color="green"), ["red"]),
+    ("a red circle in the left corner moving right", dict(shape="circle", color="red", motion="moving right"), ["corner", "left"]),
+    ("moving up and left", dict(motion="moving up and left"), []), ("a square going left then right", dict(shape="square", motion="moving left"), ["then", "right"]),
+    ("a stationary left-moving bar", dict(shape="bar", motion="standing still"), ["left"]),
     ("", {}, [])])
 def test_free_wording(text, said, unknown):
     assert World().parse(text) == said | dict(unknown=unknown)
