@@ -22,7 +22,7 @@ PRESETS = dict(
     tiny="seconds, for tests: nothing to look at",
     demo="two minutes on a small folder of clips, which it learns by heart",
     t2v="one sprite, 17 frames of 32x32, every attribute named: the model that ships",
-    quick="what t2v becomes within 100 TFLOP, VAE included: half an hour of two cores",
+    quick="what t2v becomes within 100 TFLOP, VAE included: 22 minutes of one shared core",
     pairs="two sprites with a relation, images of 32x32: whose color is whose",
     dalle="one sprite, images of 32x32, token by token: the language model of chapter 12",
     figure="the tiny world's images, every length of caption, in pixels: the model of chapter 33",
@@ -832,8 +832,8 @@ def demo(args):
     before, after = (draw(m, texts, [*range(len(texts))]) for m in trained)
     losses = [entry["loss"] for entry in read_log(trial/f"{steps}-steps"/"dit") if "loss" in entry]
     body.append(f"<h2>Learned just now</h2><p>A fresh diffusion transformer of {core.num_params(trained[1].dit):,} numbers, behind the VAE from above, trained for {steps} steps on the {len(source)} clips "
-                f"of <code>{html.escape(folder.name)}/</code>. Its loss fell from {losses[0]:.3g} to <b>{losses[-1]:.3g}</b>. Two minutes on a few clips teach it to repeat them, no more; on your own clips, "
-                f"with a VAE of their own: <code>minisora train --preset t2v --data FOLDER --out runs/mine</code>.</p>{curve(losses)}")
+                f"of <code>{html.escape(folder.name)}/</code>. Its loss fell from {losses[0]:.3g} to <b>{losses[-1]:.3g}</b>. Two minutes on a few clips teach it to repeat them, no more; on your own clips, on from t2v, "
+                f"on from t2v: <code>minisora train --data FOLDER --out runs/mine</code>.</p>{curve(losses)}")
     body.append(cards(texts, [[(put(b, f"before-{i + 1}.webp"), "before"), (put(a, f"after-{i + 1}.webp"), "after")] for i, (b, a) in enumerate(zip(before, after))], [[]]*len(texts), "wide"))
     show()
     print(f"the page: {index.absolute()}")
