@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'LEVELS', 'TOLD', 'KNOWN', 'FORMATS', 'SAMPLER_NAMES', 'LONGEST', 'LARGEST', 'SAID', 'PAGE', 'WORDING',
-           'BENCH_PARTS', 'preset', 'train_sora', 'train_clip', 'train_dalle', 'adjusted', 'tile', 'draw', 'watch',
-           'plain', 'say', 'Parser', 'number', 'device_name', 'check_place', 'place', 'card_of', 'check_card',
+           'DEMO', 'BENCH_PARTS', 'preset', 'train_sora', 'train_clip', 'train_dalle', 'adjusted', 'tile', 'draw',
+           'watch', 'plain', 'say', 'Parser', 'number', 'device_name', 'check_place', 'place', 'card_of', 'check_card',
            'load_sora', 'targets', 'sample', 'train', 'own_clips', 'train_on', 'rank', 'captioned', 'train_captioner',
            'mirrored', 'caption', 'spread', 'variation', 'evaluate', 'cards', 'notes', 'curve', 'demo', 'page', 'bench',
            'ledger', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f6518086
-import argparse, html, json, math, os, re, signal, sys, threading, warnings
+import argparse, html, itertools, json, math, os, re, signal, sys, threading, warnings
 from pathlib import Path
 from string import Template
 
@@ -53,7 +53,7 @@ def preset(
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=4, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
-                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=28_000, muon=4., save_every=1000),
+                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=58_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
         return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=45_000, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., ema=.99, save_every=150))
@@ -238,7 +238,7 @@ def train_dalle(
     lengths = words.encode(texts)[1].sum(1)
     size = source.batch(core.generator(seed), 1, captions=0)["clips"].shape[-2:]
     torch.manual_seed(seed + 1)
-    model = Dalle(DalleConfig(len(words.words), vq.quantizer.codes, int(lengths.max()) + 3, *(n//vq.config.patch for n in size), **p.dit), vq, words, facts).to(device)
+    model = Dalle(DalleConfig(len(words.words), vq.quantizer.codes, int(lengths.max() if len(lengths) else 0) + 3, *(n//vq.config.patch for n in size), **p.dit), vq, words, facts).to(device)
     model.card["sampling"] = dict(p.sampling, steps=model.config.rows*model.config.cols)
     # the GPT's data: codes of many images, each with several captions, made once
     g, codes, ids = core.generator(seed + 1), [], []
@@ -454,19 +454,20 @@ def sample(args):
     if not all(p.strip() for p in prompts): raise ValueError("a prompt is empty: expected words")
     long = max(map(len, prompts))
     if long > LONGEST: raise ValueError(f"a prompt is {long:,} characters long: expected at most {LONGEST:,}")
-    files, vae = targets(args, prompts), card_of(args.weights).get("vae")
-    patch = vae.get("patch") if isinstance(vae, dict) else 1
-    patch = patch if isinstance(patch, int) and patch > 0 else 1       # what is wrong with a card is said when it is loaded
+    files, card = targets(args, prompts), card_of(args.weights)
+    try: patches = [card["vae"]["patch"]*n for n in card["dit"]["patch"][1:]]
+    except (KeyError, TypeError): patches = []                         # what is wrong with a card is said when it is loaded
+    if len(patches) != 2 or not all(isinstance(n, int) and n > 0 for n in patches): patches = [1, 1]
     area = (args.height or 32)*(args.width or 32)*(args.frames or 17)
     if area > LARGEST or area*args.scale**2*(len(prompts) if args.grid else 1) > 16*LARGEST:
         raise ValueError(f"--frames x --height x --width is {area:,}: expected at most {LARGEST:,} pixels, and 16 times that written")
-    for name in ("height", "width"):
+    for name, patch in zip(("height", "width"), patches):
         if (getattr(args, name) or 0) % patch: raise ValueError(f"--{name} is {getattr(args, name)}: expected a multiple of {patch}, the patch of {args.weights}")
     from minisora.data import write_clip
     clips = draw(load_sora(args.weights, args.device, args.as_is), prompts, [args.seed + k for k in range(len(prompts))], frames=args.frames, height=args.height, width=args.width,
                  steps=args.steps, cfg_scale=args.cfg_scale, sampler=args.sampler, negative=args.negative)
-    clips = clips.repeat_interleave(args.scale, -1).repeat_interleave(args.scale, -2)
-    for file, clip in zip(files, [tile(clips)] if args.grid else clips):
+    larger = lambda x: x.repeat_interleave(args.scale, -1).repeat_interleave(args.scale, -2)
+    for file, clip in zip(files, [tile(larger(clips))] if args.grid else map(larger, clips)):
         write_clip(clip, file, args.fps)
         print(file)
 
@@ -479,10 +480,13 @@ def train(args):
     for name, value in dict(data=args.data if mine else None, aside=args.aside).items():
         if value and not Path(value).is_dir(): raise ValueError(f"--{name} is {value!r}: expected {'world, or ' * (name == 'data')}a folder of clips")
         if value and out.resolve().is_relative_to(Path(value).resolve()): raise ValueError(f"--out {out} lies in --{name} {value}, so that its clips would be learned from: expected a folder elsewhere")
+        if value and any(Path(value).resolve().is_relative_to(out.resolve()/own) for own in ("clips", "page", "best", "dit", "vae")): raise ValueError(f"--{name} {value} lies where {out} keeps files of its own: expected another --out")
+    if mine and args.aside and any(a.is_relative_to(b) for a, b in itertools.permutations([Path(args.data).resolve(), Path(args.aside).resolve()])): raise ValueError(f"--aside {args.aside} and --data {args.data} hold the same clips, which would be learned from: expected folders apart")
+    if out.suffix == ".safetensors": raise ValueError(f"--out is {out}: expected a folder, into which model.safetensors is written")
     if (args.aside or args.start) and not (mine and args.preset in ("tiny", "demo", "t2v")): raise ValueError("--start and --aside are for clips of your own: expected --data FOLDER, and preset tiny, demo or t2v")
-    if not args.resume and (any(out.glob("*/step-*.json")) or (out/"model.safetensors").exists()): raise ValueError(f"{out} holds a run already: expected --resume, or another --out")
+    if not args.resume and (any(out.glob("*/step-*.json")) or any((out/name).exists() for name in ("model.safetensors", "index.html", "samples.webp", "page", "best"))): raise ValueError(f"{out} holds a run already: expected --resume, or another --out")
     check_place(out/"model.safetensors")
-    if args.start not in (None, "none"): card_of(args.start)
+    if args.start not in (None, "none") and (kind := card_of(args.start).get("kind", "sora")) != "sora": raise ValueError(f"--start is {args.start}, which holds a {kind}: expected a model of clips, such as t2v")
     if args.preset == "captioner": return train_captioner(args)
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1: raise ValueError("--shard splits a model over several devices: expected torchrun --nproc-per-node 2 (or more) -m minisora.cli train …")
     from minisora import core
@@ -502,6 +506,8 @@ def own_clips(args, p, out, device):                  # of `train`, what `preset
     data = read(args.data)
     print(data.table())
     aside = read(args.aside) if args.aside else data.keep_aside(.1) if len(data) >= 20 else None
+    for name, clips in dict(data=data, aside=aside).items() if aside else ():
+        if len(clips) < 2: raise ValueError(f"--{name} holds {len(clips)} clip: expected 2 at least, to compare with")
     p.pool = len(data) if args.preset not in ("dalle", "clip") else min(p.pool, 8*len(data))
     name, known = args.start or ("t2v" if args.preset == "t2v" else "none"), True
     start = None if name == "none" else load_sora(name, device, as_is=True)
@@ -705,7 +711,7 @@ def evaluate(args):
         rows, chance, laws, starts = [], [], [], ([], [], [])
         for seed in range(args.seed, args.seed + args.seeds):
             scenes, other = (world.sample(args.n, core.generator(2**41 + 2*seed + k), split) for k in (0, 1))
-            clips = draw(model, world.caption(scenes, args.level), [seed*args.n + k for k in range(args.n)], steps=args.steps, cfg_scale=args.cfg_scale)
+            clips = draw(model, world.caption(scenes, args.level), [(seed*args.n + k) % 2**63 for k in range(args.n)], steps=args.steps, cfg_scale=args.cfg_scale)
             reading = read(clips, world=world)
             rows.append(grade(clips, scenes, args.level, reading))
             chance.append(grade(clips, scenes[torch.arange(args.n).roll(1)], args.level, reading).right)
@@ -784,15 +790,20 @@ def curve(values, aside=()):                          # two lists of float > 0 -
 # %% ../nbs/60_cli.ipynb #9f33c9dd
 WORDING = ["a triangle, green, that drifts to the right", "A BIG RED DISC MOVING LEFT ON BLACK", "a pink moon", "a tiny blue star, please, spinning in front of a white background"]
 
+DEMO = "<!-- minisora demo -->"                        # whose page it is: what somebody else wrote is not replaced
+
 def demo(args):
     "Draw, grade, train, and show it on a page."
     out, index = Path(args.out), Path(args.out)/"index.html"
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not index.is_file()): raise ValueError(f"{out} exists and is no page of this demo: expected another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (index.is_file() and DEMO in index.read_text(encoding="utf-8", errors="replace"))): raise ValueError(f"{out} exists and is no page of this demo: expected another --out")
     places = [Path(args.data)] if args.data else [Path(minisora.__file__).parent.parent/"data_samples", Path("data_samples")]
     folder = next((p for p in places if p.is_dir()), None)
     if not folder: raise ValueError(f"no folder {places[0]}: expected --data FOLDER with clips and captions, such as data_samples/ of a clone")
     check_place(index)
-    if card_of(args.weights).get("kind") == "dalle": raise ValueError(f"--weights is {args.weights}, which draws images: expected a model of clips, such as t2v")
+    card = card_of(args.weights)
+    scenes = card["scenes"] if isinstance(card.get("scenes"), dict) else {}
+    if card.get("kind") != "sora" or scenes.get("sprites", 1) != 1 or scenes.get("frames", 17) == 1 or not scenes.get("reserve", True):
+        raise ValueError(f"--weights is {args.weights}, which draws images, pairs or nothing at all: expected a model of clips of one sprite, such as t2v")
     import shutil, time
     from dataclasses import replace
     from minisora import core
@@ -800,7 +811,7 @@ def demo(args):
     from minisora.train import read_log
     from minisora.world import World, grade, read
     model = load_sora(args.weights, args.device, args.as_is)
-    world, body = World(**model.card.get("scenes", {})), []
+    world, body = World(**model.card.get("scenes", {})), [DEMO]
     show = lambda: core.write_atomic(index, PAGE.substitute(body="\n".join(body)))
     def put(clip, name):
         write_clip(clip, out/name)
@@ -832,7 +843,7 @@ def demo(args):
     before, after = (draw(m, texts, [*range(len(texts))]) for m in trained)
     losses = [entry["loss"] for entry in read_log(trial/f"{steps}-steps"/"dit") if "loss" in entry]
     body.append(f"<h2>Learned just now</h2><p>A fresh diffusion transformer of {core.num_params(trained[1].dit):,} numbers, behind the VAE from above, trained for {steps} steps on the {len(source)} clips "
-                f"of <code>{html.escape(folder.name)}/</code>. Its loss fell from {losses[0]:.3g} to <b>{losses[-1]:.3g}</b>. Two minutes on a few clips teach it to repeat them, no more; on your own clips, on from t2v, "
+                f"of <code>{html.escape(plain(folder.resolve().name))}/</code>. Its loss fell from {losses[0]:.3g} to <b>{losses[-1]:.3g}</b>. Two minutes on a few clips teach it to repeat them, no more; on your own clips, "
                 f"on from t2v: <code>minisora train --data FOLDER --out runs/mine</code>.</p>{curve(losses)}")
     body.append(cards(texts, [[(put(b, f"before-{i + 1}.webp"), "before"), (put(a, f"after-{i + 1}.webp"), "after")] for i, (b, a) in enumerate(zip(before, after))], [[]]*len(texts), "wide"))
     show()
@@ -851,7 +862,7 @@ def page(out, model, data, aside, verdict, seen):     # of `train_on` -> Path
             for (file, _), x in zip(files[-1], (clip, source.clips([i])[0])): write_clip(x, out/file)
         return cards([text or "(no caption)" for _, text in items], files, [[]]*len(items), "wide")
     bad = "".join(f"<li class='bad'>{html.escape(line.replace(f'{data.path}{os.sep}', ''))}</li>" for line in data.bad)
-    body = [f"<p>Learned from <b>{len(data)} clips</b> of <code>{html.escape(data.path.name)}/</code>; {len(aside) if aside else 'none'} kept aside.</p><pre>{html.escape(data.table())}</pre><ul>{bad}</ul>"]
+    body = [f"<p>Learned from <b>{len(data)} clips</b> of <code>{html.escape(plain(data.path.resolve().name))}/</code>; {len(aside) if aside else 'none'} kept aside.</p><pre>{html.escape(data.table())}</pre><ul>{bad}</ul>"]
     if aside and seen:
         body.append(f"<h2>Learned, or by heart?</h2><p>The loss on clips it learns from (solid) and on clips kept aside (dashed), whenever it was looked at. While both fall, it learns; when only the first does, it learns by heart. {html.escape(verdict)}. "
                     f"To the eye of CLIP the drawn clips are {seen[-1]['frechet']:.3f} from those kept aside (Fréchet distance), other real clips of the folder {seen[-1]['floor']:.3f}{', which is rough for so few' if len(aside) < 100 else ''}.</p>"
@@ -993,7 +1004,7 @@ def main(
             args = parser().parse_args(argv)
             try: os.getcwd()
             except OSError: raise ValueError("the current folder is gone: go to one that exists") from None
-            empty = next((k for k, v in vars(args).items() if v == "" and k not in ("negative", "prompt")), None)      # such as --data $FOLDER, never set
+            empty = next((k for k, v in vars(args).items() if (v == "" or k in ("file", "only") and "" in (v or ())) and k not in ("negative", "prompt")), None)      # such as --data $FOLDER, never set
             if empty: raise ValueError(f"--{empty} is empty: expected a value")
             code = args.run(args) or 0
             sys.stdout.flush()
@@ -1007,7 +1018,7 @@ def main(
             return 141
         except (MemoryError, RuntimeError) as e:
             if not (isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "allocate memory" in str(e)): raise
-            say("out of memory: expected a smaller --batch, or fewer frames and pixels")
+            say(f"out of memory: expected {'a smaller --batch' if getattr(args, 'command', '') == 'train' else 'fewer prompts or a smaller --scale'}, or fewer frames and pixels")
             return 2
         except OSError as e:                                           # a disk that is full, a name that is too long
             say(f"{e.filename or 'standard output, or a file'}: {e.strerror or e}")

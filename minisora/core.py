@@ -91,7 +91,7 @@ def write_atomic(
 ):
     "Write a file aside, then rename it: whoever reads `path` finds all of it or none, after a power cut too."
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{os.fsencode(path.name)[:150].decode(errors='ignore')}.{os.getpid()}.tmp")   # names end at 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -7,7 +7,7 @@ __all__ = ['MOST', 'IMAGES', 'VIDEOS', 'SUFFIXES', 'DECODING', 'crop', 'rgb', 'm
            'Folder', 'WorldClips', 'open_data']
 
 # %% ../nbs/04_data.ipynb #a53b7a93
-import copy, hashlib, io, json, mimetypes, mmap, os, struct, sys, unicodedata, warnings
+import copy, hashlib, io, json, math, mimetypes, mmap, os, struct, sys, unicodedata, warnings
 from collections import OrderedDict
 from fractions import Fraction
 from importlib.util import find_spec
@@ -167,6 +167,8 @@ def write_clip(
     if not 0 < fps <= 50: raise ValueError(f"fps is {fps}: expected more than 0, at most 50")
     (f, _, h, w), video = clip.shape, kind == ".mp4"
     if IMAGES.get(kind) == "JPEG" and f > 1: raise UserError(f"cannot write {path}: a JPEG holds one frame, the clip has {f}; .gif .png .webp .mp4 hold many")
+    most = dict(GIF=2**16 - 1, JPEG=2**16 - 1, WEBP=2**14 - 1).get(IMAGES.get(kind), math.inf)
+    if max(h, w) > most: raise UserError(f"cannot write {path}: {kind} holds at most {most:,} pixels a side, the clip is {h}x{w}")
     if video and not find_spec("av"): raise UserError(f"cannot write {path}: .mp4 needs PyAV: pip install 'minisora[video]'")
     if video and (h % 2 or w % 2): raise UserError(f"cannot write {path}: .mp4 wants an even height and width, the clip is {h}x{w}")
     pixels = rearrange(((clip.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte(), "f c h w -> f h w c").expand(-1, -1, -1, 3).contiguous().numpy()
@@ -224,8 +226,8 @@ DECODING = 1  # another number where the pixels that a file gives become others:
 def _check(path):
     "Refuse, in one line, what can be seen to be wrong without decoding."
     kind = path.suffix.lower()
+    if not path.is_file(): raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not a file'}: put a file there, or name another")
     if kind not in SUFFIXES: raise UserError(f"{path} has a suffix that is not read: convert it to one of {' '.join(SUFFIXES)}")
-    if not path.is_file(): raise UserError(f"{path} is not a file: put it there, or name another")
     if kind in VIDEOS and not find_spec("av"): raise UserError(f"{path} is a video, which needs PyAV: pip install 'minisora[video]'")
     try:
         if not path.stat().st_size: raise UserError(f"{path} is empty (0 bytes): copy it again, or remove it")
@@ -405,12 +407,17 @@ class Folder:
         found = []
         for at, folders, files in os.walk(self.path, onerror=lambda e: self._complain(f"{e.filename} cannot be opened ({e.strerror}): make it readable")):
             folders[:] = [d for d in folders if not d.startswith(".")]
+            for d in folders:
+                if (Path(at) / d).is_symlink(): self._complain(f"{Path(at) / d} is a link to a folder, which is not followed: move its files here")
             found += [(Path(at) / f).relative_to(self.path).as_posix() for f in files if not f.startswith(".")]
         return sorted(found)
 
     def _entries(self, files, clips):
         "Place, file and captions, None if they cannot be read, for each line of captions.jsonl and each .txt beside a clip."
+        alike = {unicodedata.normalize("NFC", name): name for name in clips}   # the same name, as another system writes it
         lines = self._bytes("captions.jsonl").splitlines() if "captions.jsonl" in files else []
+        for name in files:
+            if name.endswith("/captions.jsonl"): self._complain(f"{self.path / name} is not read: write its lines into {self.path / 'captions.jsonl'}")
         for k, line in enumerate(lines, 1):
             here = f"{self.path / 'captions.jsonl'} line {k}"
             if not line.strip(): continue
@@ -424,10 +431,10 @@ class Folder:
                 self._complain(f'{here} does not have the form {{"file": "a.gif", "caption": "a red circle"}}, or a list of captions: mend it')
             else:
                 if name.anchor or ".." in name.parts: self._complain(f"{here} names {name.as_posix()}, which is outside the folder: move it inside")
-                else: yield here, "/".join(name.parts), texts
+                else: yield here, alike.get(unicodedata.normalize("NFC", "/".join(name.parts)), "/".join(name.parts)), texts
         beside = {}
         for name in sorted(clips): beside.setdefault(name.rpartition(".")[0], []).append(name)
-        for note in (name for name in files if name.endswith(".txt")):
+        for note in (name for name in files if name.lower().endswith(".txt")):
             if note[:-4] not in beside: self._complain(f"{self.path / note} stands beside no clip: add {note[:-4]}.gif (or .png, .mp4, …), or remove it"); continue
             try: texts = [_said(self._bytes(note).decode("utf-8-sig"))]
             except UnicodeDecodeError: texts = self._complain(f"{self.path / note} is not UTF-8: save it in that encoding")

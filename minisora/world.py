@@ -511,8 +511,8 @@ def _parse(W, text):
     while at < len(words):
         phrase, n = next(((p, n) for n in range(6, 0, -1) if (p := " ".join(words[at:at + n])) in PHRASES), (words[at], 1))
         (k, v), at = PHRASES.get(phrase, (None, None)), at + n
-        if m := re.fullmatch(r"x(\d+) y(\d+)", phrase): places[i].append((int(m[1]), int(m[2])))
-        elif m := re.fullmatch(r"(?:no )?grain(?: (\d+))?", phrase): said[i].setdefault("grain", int(m[1] or 0))
+        if m := re.fullmatch(r"x(\d+) y(\d+)", phrase): places[i].append((int(m[1][:6]), int(m[2][:6])))
+        elif m := re.fullmatch(r"(?:no )?grain(?: (\d+))?", phrase): said[i].setdefault("grain", int((m[1] or "0")[:6]))
         elif k == "way": ways[i].insert(0 if verb else len(ways[i]), (v, phrase))   # the way that follows a verb counts before others
         elif k == "relation" and len(relations) < W.sprites - 1: relations, i = relations + [v], min(i + 1, W.sprites - 1)
         elif k == "background" and ground in (-1, v): ground = v

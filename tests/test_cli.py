@@ -128,6 +128,31 @@ def test_finished_runs(run, says, capsys):
     says(*TRAIN, "--out", run, "--resume", "--batch", 4, words="finished run of .*expected")
 
 
+def test_folders_that_lie_in_each_other(tmp_path, folder, says):
+    mine, out = ("train", "--preset", "tiny", "--steps", 2, "--data"), tmp_path / "r"
+    says(*mine, folder, "--aside", folder, "--out", out, words="hold the same clips")
+    shutil.copytree(folder, out / "clips")
+    before = sorted(p.name for p in (out / "clips").iterdir())
+    says(*mine, out / "clips", "--out", out, words="keeps files of its own")
+    assert sorted(p.name for p in (out / "clips").iterdir()) == before
+    says(*mine, folder, "--out", tmp_path / "x.safetensors", words="expected a folder")
+    for name in ("dalle", "clip", "captioner"): says(*mine, folder, "--start", name, "--out", tmp_path / "s", words=f"--start is {name}, which holds a {name}")
+    for name in ("index.html", "samples.webp"):
+        (tmp_path / "page").mkdir(exist_ok=True)
+        (tmp_path / "page" / name).write_text("somebody's")
+        says(*TRAIN, "--out", tmp_path / "page", words="expected --resume, or another --out")
+        (tmp_path / "page" / name).unlink()
+
+
+def test_names_and_numbers_at_their_ends(tmp_path, run, folder, says):
+    says("caption", "", words="--file is empty")
+    says("sample", "red", "--height", 36, "--out", tmp_path / "a.gif", words="--height is 36: expected a multiple of 16")
+    assert world.World().parse("red circle x99999999999999999999 y5 with grain 99999999999999999999999")["color"] == "red"
+    long = tmp_path / ("n" * 245 + ".gif")
+    ok("sample", "a red circle x99999999999999999999 y5", "--weights", run, "--steps", 1, "--out", long)
+    assert long.is_file() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_weights_and_folders_in_use_are_safe(tmp_path, says):
     "Weights without their checkpoints are not written over; a folder has one run at a time, whatever the preset."
     for name in ("model.safetensors", "model.json"): (tmp_path / name).write_text("somebody's")
@@ -472,6 +497,11 @@ def test_demo(run, folder, tmp_path, capsys, says):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     says("demo", "--weights", run, "--data", folder, "--out", tmp_path / "mine", words="no page of this demo")
+    (tmp_path / "mine" / "index.html").write_text("somebody's")
+    says("demo", "--weights", run, "--data", folder, "--out", tmp_path / "mine", words="no page of this demo")
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["index.html", "thesis.txt"]
+    for other in ("pairs", "figure", "clip"): says("demo", "--weights", other, "--data", folder, "--out", tmp_path / other, words="expected a model of clips of one sprite")
+    assert not any((tmp_path / other).exists() for other in ("pairs", "figure", "clip"))
     says("demo", "--weights", run, "--data", tmp_path / "none", "--out", out, words="expected --data FOLDER")
 
 

@@ -265,9 +265,29 @@ def test_bombs_and_liars(clips, tmp_path, monkeypatch):
     assert data.read_clip(tmp_path / "image.mp4", 2).shape == (2, 3, 32, 32)  # FFmpeg reads a PNG, whatever it is called
 
 
+def test_captions_that_lie_elsewhere_are_told(tmp_path):
+    clip = World().render(World().sample(1))[0]
+    (tmp_path / "sub").mkdir(); (tmp_path / "far").mkdir()
+    for name in ("a.gif", "e\u0301.gif", "sub/c.gif"): data.write_clip(clip, tmp_path / name)
+    (tmp_path / "captions.jsonl").write_text('{"file": "\u00e9.gif", "caption": "composed"}\n', encoding="utf-8")
+    (tmp_path / "a.TXT").write_text("beside")
+    (tmp_path / "sub" / "captions.jsonl").write_text('{"file": "c.gif", "caption": "nested"}\n')
+    try: (tmp_path / "linked").symlink_to(tmp_path / "far", target_is_directory=True)
+    except OSError: pass                                                  # Windows asks for a right
+    folder = data.Folder(tmp_path, say=lambda line: None)
+    assert dict(folder.items) == {"a.gif": ["beside"], "e\u0301.gif": ["composed"]}
+    assert any("captions.jsonl is not read" in line for line in folder.bad) and (not (tmp_path / "linked").exists() or any("link to a folder" in line for line in folder.bad))
+
+
+def test_a_side_that_a_format_cannot_hold(tmp_path):
+    for name, side in (("a.gif", 2**16), ("a.webp", 2**14)):
+        with pytest.raises(UserError, match="holds at most"): data.write_clip(torch.zeros(1, 3, 1, side), tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
 def test_read_refuses(tmp_path):
     (tmp_path / "a.tiff").write_bytes(b"II*\0")
-    for name, words in {"a.tiff": "suffix", "gone.png": "not a file", ".": "suffix"}.items():
+    for name, words in {"a.tiff": "suffix", "gone.png": "not a file", "gone": "not a file", ".": "is a folder"}.items():
         with pytest.raises(UserError, match=words): data.read_clip(tmp_path / name)
     for kw in (dict(frames=0), dict(size=0), dict(size=(0, 4))):
         with pytest.raises(ValueError, match="expected"): data.read_clip(tmp_path / "a.png", **kw)
