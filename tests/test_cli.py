@@ -222,7 +222,7 @@ def test_from_a_folder_alone(folder, run, tmp_path, capsys, says):
     assert "finished already" in capsys.readouterr().out and (tmp_path / "b" / "index.html").is_file()
     ok("sample", "a zeppelin", "--weights", tmp_path / "b", "--out", tmp_path / "z.gif")
     for wrong, words in ((("--data", mine, "--start", "nowhere"), "no weights at nowhere"), (("--data", mine, "--start", "pairs"), "pairs, which draws 1 frames.*expected 17"), (("--start", "t2v", "--preset", "tiny"), "expected --data FOLDER"),
-                         (("--data", mine, "--aside", tmp_path / "none"), "--aside is .*none"), ((), "--preset is missing.*t2v"), (("--data", mine, "--start", "clip"), "holds clip: expected the weights of a Sora")):
+                         (("--data", mine, "--aside", tmp_path / "none"), "--aside is .*none"), ((), "--preset is missing.*t2v"), (("--data", mine, "--start", "clip"), "which holds a clip: expected a model of clips")):
         says("train", *wrong, "--out", tmp_path / "no", words=words)
     says("train", "--data", mine, "--out", mine / "run", words="lies in --data .*expected a folder elsewhere")
 
