@@ -73,7 +73,8 @@ def classify(
     chunk: int = 128,  # evaluations at a time
 ) -> Verdict:
     "The prompt under which noise is removed best (Li 2023, Your diffusion model is secretly a zero-shot classifier)."
-    if isinstance(prompts, str) or chunk < 1: raise ValueError(f"prompts is {prompts!r}, chunk {chunk}: expected a list of texts, and 1 or more")
+    if isinstance(prompts, str): raise ValueError(f"prompts is {prompts[:99]!r}: expected a list of texts")
+    if chunk < 1: raise ValueError(f"chunk is {chunk}: expected 1 or more")
     rows = [list(prompts)]*len(clips) if prompts and isinstance(prompts[0], str) else [list(row) for row in prompts]
     b, k = len(clips), len(rows[0]) if rows else 0
     if not k or len(rows) != b or {len(row) for row in rows} != {k}: raise ValueError(f"prompts has {[len(row) for row in rows[:9]]} texts for {b} clips: expected k texts, or as many for each clip")

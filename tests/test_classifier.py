@@ -118,7 +118,7 @@ def test_hopeful():
     assert c.hopeful(e, times, 2.).tolist() == [[False, True, False]]
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(prompts=[]), "expected k texts"), (dict(prompts="ab"), "prompts is 'ab'"), (dict(chunk=0), "chunk 0"), (dict(prompts=[["0"]]), "expected k texts"), (dict(prompts=[["0"], ["0"], ["0", "1"]]), "expected k texts"),
+@pytest.mark.parametrize("wrong, says", [(dict(prompts=[]), "expected k texts"), (dict(prompts="ab"), "prompts is 'ab'"), (dict(chunk=0), "chunk is 0"), (dict(prompts=[["0"]]), "expected k texts"), (dict(prompts=[["0"], ["0"], ["0", "1"]]), "expected k texts"),
     (dict(draws=6, rounds=4), "multiple of rounds"), (dict(draws=0), "multiple of rounds"), (dict(draws=4, rounds=4, prune=1.), "two draws"), (dict(low=0.), "low is 0"), (dict(low=.5, high=.5), "high 0.5"), (dict(high=1.1), "high 1.1")])
 def test_errors_name_the_argument(wrong, says):
     with pytest.raises(ValueError, match=says): c.classify(Gaussian(), toy(), **{"prompts": ["0", "1"], **wrong})
