@@ -171,6 +171,19 @@ class CLIP(nn.Module):
         image = torch.cat([self.encode_image(x.to(self.token.device)) for x in images.split(chunk)])
         return F.normalize(image, dim=-1) @ F.normalize(self.encode_text(self.ids(texts)), dim=-1).T
 
+    @torch.no_grad()
+    def fits(self,
+        clips,  # (b c h w) pictures or (b f c h w) clips of any size; of a clip, five frames are looked at
+        texts,  # b: one for each
+    ):  # (b) cosines; 0 where no word is known
+        "How well each text fits its own picture, as `scores` has it; words that it never learned, and those beyond its length, it passes over in silence."
+        c, x = self.config, clips.unsqueeze(1) if clips.ndim == 4 else clips[:, torch.linspace(0, clips.shape[1] - 1, min(5, clips.shape[1])).round().long()]
+        if x.shape[-2:] != (c.side, c.side): x = F.interpolate(x.flatten(0, 1), (c.side, c.side), mode="area").unflatten(0, x.shape[:2])
+        rows = [[i for i in row if i > 256][:c.length] for row in self.tokenizer.encode(list(texts))[0].tolist()]
+        ids = torch.tensor([row + [0] * (max(1, *map(len, rows)) - len(row)) for row in rows], device=self.token.device)
+        image, text = (F.normalize(v, dim=-1) for v in (self.encode_image(x.to(self.token.device)), self.encode_text(ids)))
+        return torch.where(ids.any(1), (image * text).sum(1), 0.)
+
     def save_pretrained(self,
         folder,  # gets model.safetensors and its card; or the name of a .safetensors file
         half=False,  # as float16, as the weights that ship

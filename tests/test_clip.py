@@ -291,6 +291,26 @@ def test_bad_state_dicts():
     assert load_clip(narrow, image_heads=2).config.heads == 2
 
 
+# --- one text each
+
+def test_fits_is_the_diagonal_of_scores():
+    W = World()
+    words = Tokenizer.from_texts(W.caption(W.sample(300, core.generator(0)), "medium"))
+    torch.manual_seed(1)
+    model = CLIP(CLIPConfig(words.vocab_size, width=24, depth=1, heads=1, text_width=24, text_depth=1, text_heads=1, embed=8, length=6), words).eval()
+    s = W.sample(4, core.generator(1))
+    clips, texts = W.render(s), ["a red circle", "a large blue star", "small", "a square"]
+    five = clips[:, [0, 4, 8, 12, 16]]
+    assert torch.allclose(model.fits(clips, texts), model.scores(five, texts).diagonal(), atol=1e-5)
+    assert torch.allclose(model.fits(clips[:, 0], texts), model.scores(clips[:, 0], texts).diagonal(), atol=1e-5) and torch.allclose(model.fits(clips[:, :1], texts), model.fits(clips[:, 0], texts), atol=1e-6)
+    twice = clips.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.allclose(model.fits(twice, texts), model.fits(clips, texts), atol=1e-5)              # of any size
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                                                # in silence
+        odd = model.fits(clips, ["a red circle zeppelin", "", "zeppelin", "a square" + " red circle"*40])
+    assert torch.allclose(odd[0], model.fits(clips[:1], ["a red circle"])[0], atol=1e-6) and odd[1] == odd[2] == 0 and odd[3].isfinite()
+
+
 # --- the weights that ship
 
 @pytest.mark.skipif(not (core.WEIGHTS / "clip.safetensors").is_file(), reason="not trained yet")

@@ -17,7 +17,7 @@ ROOMS = {
     "core": "", "plot": "", "world": "", "bayes": "world", "data": "world", "text": "", "transformer": "", "train": "",
     "vq": "transformer", "gpt": "transformer", "dalle": "text vq gpt", "clip": "text transformer", "captioner": "text transformer",
     "flow": "", "dit": "transformer", "information": "flow bayes", "classifier": "flow", "unclip": "clip flow dit",
-    "vae": "transformer", "sora": "world text flow dit vae", "worldmodel": "flow dit vae", "emu": "text vq gpt", "bench": "world gpt dit sora train",
+    "vae": "transformer", "sora": "world text clip flow dit vae", "worldmodel": "flow dit vae", "emu": "text vq gpt", "bench": "world gpt dit sora train",
 }
 ROOMS["cli"] = " ".join(ROOMS)
 

@@ -310,7 +310,7 @@ def half(tmp_path_factory):
 
 WORDS = st.one_of(st.sampled_from(["", "-1", "0", "1", "nan", "1e999", "9" * 40, "../../up", "a\tb", "é", "\x1b[2J", "~", "%00", "--", "-h", "x" * 5000, "\ud800", "cpu", "cuda:99", "world", "tiny", "figure", "in/a.gif", "in", "out", "out/x.gif", "nul"]), st.text(max_size=12))
 OPTIONS = ["--out", "--seed", "--weights", "--steps", "--cfg-scale", "--frames", "--height", "--width", "--scale", "--fps", "--grid", "--force", "--prompts", "--negative", "--preset", "--data", "--batch", "--lr",
-           "--save-every", "--resume", "--bf16", "--shard", "--n", "--seeds", "--level", "--split", "--json", "--readme", "--seconds", "--device", "--sampler", "--only", "--quick"]
+           "--save-every", "--resume", "--bf16", "--shard", "--n", "--seeds", "--level", "--split", "--json", "--readme", "--seconds", "--device", "--sampler", "--only", "--quick", "--best-of"]
 
 
 @mutations(90)

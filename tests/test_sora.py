@@ -12,9 +12,10 @@ import torch
 
 import minisora
 from minisora import core
+from minisora.clip import CLIP, CLIPConfig
 from minisora.core import UserError, find_weights, generator
 from minisora.dit import DiT
-from minisora.sora import Pixels, Sora, vae_file
+from minisora.sora import Pixels, Sora, judge_file, vae_file
 from minisora.text import Tokenizer
 from minisora.vae import PatchVAE, VAEConfig
 from minisora.world import World, grade
@@ -109,7 +110,7 @@ def test_a_seed_is_any_whole_number_or_a_row_of_them(model):
 
 @pytest.mark.parametrize("wrong, says", [(dict(prompts=[]), "prompts"), (dict(frames=0), "frames"), (dict(frames=2.5), "frames"), (dict(height=33), "height"),
     (dict(sampler="x"), "sampler"), (dict(prompts=None), "prompts"), (dict(prompts=[1]), "prompts"), (dict(frames=True), "frames"), (dict(height=32.), "height"), (dict(cfg_scale=math.nan), "cfg_scale"), (dict(cfg_scale="2"), "cfg_scale"),
-    (dict(seed=None), "seed"), (dict(seed="a"), "seed"), (dict(seed=1.5), "seed"), (dict(seed=2**64 + 5), "seed"), (dict(seed=[1, 2]), "seed"), (dict(steps=0), "steps"), (dict(image=torch.zeros(3, 32, 32)), "image")])
+    (dict(seed=None), "seed"), (dict(seed="a"), "seed"), (dict(seed=1.5), "seed"), (dict(seed=2**64 + 5), "seed"), (dict(seed=[1, 2]), "seed"), (dict(steps=0), "steps"), (dict(best_of=0), "best_of"), (dict(best_of=1.5), "best_of"), (dict(image=torch.zeros(3, 32, 32)), "image")])
 def test_wrong_arguments_are_named(model, wrong, says):
     with pytest.raises(ValueError, match=says): model.generate(**{**dict(prompts="a", steps=1), **wrong})
 
@@ -154,6 +155,48 @@ def test_checkpoints_that_do_not_fit(model, tmp_path):
     vae_file(other).unlink()
     with pytest.raises(UserError, match="model-vae"): Sora.from_pretrained(other)
     with pytest.raises(UserError, match="expected the weights of a Sora"): Sora.from_pretrained(vae_file(file))
+
+
+def test_the_best_of_several(model):
+    "The judge's choice among clips of which the first is the one drawn alone; the same in every batch."
+    class Bright:
+        seen = []
+        def fits(self, clips, prompts): self.seen.append((clips, prompts)); return clips.flatten(1).mean(1)
+    with pytest.raises(ValueError, match="best_of is 2, but this model has no judge"): model.generate("a", best_of=2, steps=1)
+    alone = model.generate(PROMPTS, steps=2, seed=7)
+    try:
+        model.judge = Bright()
+        best = model.generate(PROMPTS, steps=2, seed=7, best_of=3)
+        (clips, prompts), = model.judge.seen
+        assert clips.shape[0] == 12 and prompts == [p for p in PROMPTS for _ in range(3)] and (clips[::3] - alone).abs().max() < 1e-5
+        assert torch.equal(best, clips.view(4, 3, *clips.shape[1:])[torch.arange(4), clips.flatten(1).mean(1).view(4, 3).argmax(1)])
+        for k, p in enumerate(PROMPTS): assert (model.generate(p, steps=2, seed=7 + k, best_of=3)[0] - best[k]).abs().max() < 1e-5
+        wider = model.generate(PROMPTS, steps=2, seed=7, best_of=5).flatten(1).mean(1)
+        assert (wider >= best.flatten(1).mean(1) - 1e-5).all() and (best.flatten(1).mean(1) >= alone.flatten(1).mean(1) - 1e-5).all()     # more are drawn, none is lost
+        assert (best - alone).abs().max() > 1e-2
+        model.card["sampling"] = dict(best_of=3)
+        assert torch.equal(model.generate(PROMPTS, steps=2, seed=7), best) and torch.equal(model.generate(PROMPTS, steps=2, seed=7, best_of=1), alone)
+    finally: model.judge, model.card = None, {}
+
+
+def test_a_judge_is_saved_with_its_model(model, tmp_path):
+    words = Tokenizer.from_texts(["a red circle"])
+    try:
+        model.judge = CLIP(CLIPConfig(words.vocab_size, width=24, depth=1, heads=1, text_width=24, text_depth=1, text_heads=1, embed=8), words)
+        drawn = model.generate(PROMPTS, steps=2, best_of=4)
+        file = model.save_pretrained(tmp_path/"a")
+        assert sorted(f.name for f in (tmp_path/"a").glob("*.safetensors")) == ["model-judge.safetensors", "model-vae.safetensors", "model.safetensors"]
+        again = Sora.from_pretrained(tmp_path/"a")
+        assert torch.equal(again.generate(PROMPTS, steps=2, best_of=4), drawn) and not any(k.startswith("judge") for k in core.load(file)[0])
+        again.save_pretrained(tmp_path/"b")
+        for f in (tmp_path/"a").iterdir(): assert f.read_bytes() == (tmp_path/"b"/f.name).read_bytes()
+        with torch.no_grad(): model.judge.token.add_(1)
+        model.save_pretrained(tmp_path/"c")
+        for f in (judge_file(file), judge_file(file).with_suffix(".json")): shutil.copy(tmp_path/"c"/f.name, f)
+        with pytest.raises(UserError, match="model-judge.safetensors is missing, or not the judge"): Sora.from_pretrained(tmp_path/"a")
+        judge_file(file).unlink()
+        with pytest.raises(UserError, match="model-judge.safetensors is missing"): Sora.from_pretrained(tmp_path/"a")
+    finally: model.judge, model.card = None, {}
 
 
 def test_the_shipped_model_follows_captions():
