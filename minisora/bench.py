@@ -257,7 +257,7 @@ def knee(model, n, points: dict, say=print) -> dict:  # n prompts, with the same
     scenes = world.sample(n, core.generator(2))
     captions = world.caption(scenes)
     for sampler, k in ((s, k) for s, counts in points.items() for k in counts):
-        clips = torch.cat([model.generate(captions[i:i + 64], seed=10_000 + i, sampler=sampler, steps=k).cpu() for i in range(0, n, 64)])
+        clips = torch.cat([model.generate(captions[i:i + 64], seed=10_000 + i, sampler=sampler, steps=k, best_of=1).cpu() for i in range(0, n, 64)])
         right[sampler, k] = grade(clips, scenes, "long").right.float()
         rows.append(dict(sampler=sampler, steps=k, calls=2 * k - 1 if sampler == "heun" else k, right=round(right[sampler, k].mean().item(), 4)))
         say(f"  {sampler}, {k} steps: {rows[-1]['right']:.0%} right")

@@ -183,7 +183,7 @@ def train_clip(
     from minisora.clip import CLIP, CLIPConfig
     from minisora.text import Tokenizer
     from minisora.train import fit
-    g, pictures, captions, words = core.generator(seed + 1), [], [], Tokenizer.from_texts(source.texts(seed))
+    g, pictures, captions, near, words = core.generator(seed + 1), [], [], [], Tokenizer.from_texts(source.texts(seed))
     through, frames = hasattr(p, "through") and load_sora(p.through, core.device(device)), getattr(p, "frames", 1)
     @torch.no_grad()
     def seen(clips):                                              # (b f c h w) -> (b k c h w) uint8: some frames of each
@@ -196,12 +196,14 @@ def train_clip(
     pool = min(p.pool, p.dit_recipe.steps*p.dit_batch)            # no more than a short run draws
     for i in tqdm(range(0, pool, 200), desc="pictures", unit="batch", leave=False):
         batch = source.batch(g, min(200, pool - i), captions=p.captions)
+        if through: near += source.world.near(source.world.caption(batch["scenes"]))
         pictures.append(seen(batch["clips"]))
         captions += [c for row in batch["captions"] for c in row]
     pictures = torch.cat(pictures)
     ids = words.encode(captions)[0]                               # p.captions rows for each picture
     said = torch.zeros(len(ids), words.vocab_size, dtype=torch.bool).scatter_(1, ids, True)[:, 1:]    # which words, whatever their order
     ids = ids.short()
+    near = words.encode([c for row in near for c in row])[0].view(len(near), 12, -1).short() if near else None
     torch.manual_seed(seed)                                       # the network's first values
     config = CLIPConfig(words.vocab_size, **{**p.dit, "length": max(32, ids.shape[1])})
     model = CLIP(config, words, dict(facts or {}, seed=seed)).to(core.device(device))
@@ -211,7 +213,7 @@ def train_clip(
         alike = (both := other @ one.T)/(other.sum(1, keepdim=True) + one.sum(1) - both)      # Jaccard's
         i = torch.cat([some[alike.topk(max(1, p.dit_batch//8), dim=0).indices].unique(), i])[:p.dit_batch]
         k = torch.randint(frames, i.shape, generator=g) if frames > 1 else torch.zeros_like(i)
-        return dict(pixels=pictures[i//p.captions, k].float()/127.5 - 1, text=ids[i].long())
+        return dict(pixels=pictures[i//p.captions, k].float()/127.5 - 1, text=ids[i].long()) | ({} if near is None else dict(near=near[i//p.captions][:, [0, 1, 2, 3 + int(torch.randint(2, (), generator=g)), 5 + int(torch.randint(7, (), generator=g))]].long()))   # the right one, two textures, a size, a shape
     done = fit(model, model.loss, draw, replace(p.dit_recipe, seed=seed), Path(out)/"clip", resume, dict(facts or {}, seed=seed, clip=p.dit), name="clip")
     model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
     return model

@@ -143,9 +143,14 @@ class CLIP(nn.Module):
         pixels,  # as in encode_image
         text,  # (b l) ids
         copies=False,  # whether copies of a caption count as wrong answers to it
+        near=None,  # (b k l) ids: a caption of each picture, then some that are wrong in one thing (hard negatives, [Yuksekgonul 2022](https://arxiv.org/abs/2210.01936))
     ):  # nats, the factor
         image, words = (F.normalize(x.float(), dim=-1) for x in (self.encode_image(pixels), self.encode_text(text)))
-        return contrastive_loss(image, words, self.scale, None if copies else text), self.scale.detach()
+        loss = contrastive_loss(image, words, self.scale, None if copies else text)
+        if near is not None:
+            words = F.normalize(self.encode_text(near.flatten(0, 1)).float(), dim=-1).unflatten(0, near.shape[:2])
+            loss = loss + F.cross_entropy(self.scale * (words @ image[:, :, None])[..., 0].float(), torch.zeros(len(image), dtype=torch.long, device=image.device))
+        return loss, self.scale.detach()
 
     def ids(self,
         texts,  # list of str
@@ -174,15 +179,18 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def fits(self,
         clips,  # (b c h w) pictures or (b f c h w) clips of any size; of a clip, five frames are looked at
-        texts,  # b: one for each
-    ):  # (b) cosines; 0 where no word is known
+        texts,  # b: one for each; or b lists, of which the first text is the right one
+    ):  # (b) cosines, 0 where no word is known; for a list the first text's log-probability among all of it
         "How well each text fits its own picture, as `scores` has it; words that it never learned, and those beyond its length, it passes over in silence."
         c, x = self.config, clips.unsqueeze(1) if clips.ndim == 4 else clips[:, torch.linspace(0, clips.shape[1] - 1, min(5, clips.shape[1])).round().long()]
         if x.shape[-2:] != (c.side, c.side): x = F.interpolate(x.flatten(0, 1), (c.side, c.side), mode="area").unflatten(0, x.shape[:2])
-        rows = [[i for i in row if i > 256][:c.length] for row in self.tokenizer.encode(list(texts))[0].tolist()]
+        lists = [[t] if isinstance(t, str) else list(t) for t in texts]
+        number = {t: k for k, t in enumerate(dict.fromkeys(t for row in lists for t in row))}                   # each text is read once
+        rows = [[i for i in row if i > 256][:c.length] for row in self.tokenizer.encode([*number])[0].tolist()]
         ids = torch.tensor([row + [0] * (max(1, *map(len, rows)) - len(row)) for row in rows], device=self.token.device)
         image, text = (F.normalize(v, dim=-1) for v in (self.encode_image(x.to(self.token.device)), self.encode_text(ids)))
-        return torch.where(ids.any(1), (image * text).sum(1), 0.)
+        cosines = torch.where(ids.any(1), image @ text.T, 0.)
+        return torch.stack([one[number[t]] if isinstance(t, str) else (self.scale * one[[number[u] for u in t]]).log_softmax(0)[0] for one, t in zip(cosines, texts)])
 
     def save_pretrained(self,
         folder,  # gets model.safetensors and its card; or the name of a .safetensors file

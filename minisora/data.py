@@ -477,7 +477,7 @@ class WorldClips:
         for k, name in enumerate(self.levels):
             places = (level[: n * each].view(n, each) == k).nonzero()
             for (i, j), text in zip(places.tolist(), self._captions(scenes[places[:, 0]], name, generator)): texts[i][j] = text
-        return dict(clips=self.world.render(scenes), captions=texts if captions is not None else [text for text, in texts])
+        return dict(clips=self.world.render(scenes), captions=texts if captions is not None else [text for text, in texts], scenes=scenes)
 
     def texts(self, seed: int = 0, n: int = 5000) -> list[str]:
         "Captions of `n` scenes at every level, for a tokenizer."

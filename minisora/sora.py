@@ -55,7 +55,8 @@ class Sora(nn.Module):
         if dit.config.channels != vae.config.channels: raise ValueError(f"dit has {dit.config.channels} channels, vae {vae.config.channels}: expected the same")
         self.dit, self.vae, self.tokenizer, self.card, self._said = dit, vae, tokenizer, dict(card or {}), set()
         self.detail = None                                                    # (prompts, seeds) -> the prompts told in full, such as World().detail
-        self.judge = None                                                     # has .fits(clips, prompts) -> (b), the higher the better: such as a CLIP
+        self.near = None                                                      # prompts told in full -> lists of prompts, the first right, the others nearly so: World().near
+        self.judge = None                                                     # has .fits(clips, prompts or such lists) -> (b), the higher the better: a CLIP
         self.register_buffer("mean", torch.zeros(vae.config.channels, 1, 1))  # of the latents, by channel
         self.register_buffer("std", torch.eye(vae.config.channels))           # square root of their covariance: a quiet channel may say what a loud one does not
 
@@ -134,7 +135,8 @@ class Sora(nn.Module):
             each = [k for seed in seeds for k in (seed, *torch.randint(2**62, (many - 1,), generator=core.generator(seed)).tolist())]
             again = [p for p in prompts for _ in range(many)]
             drawn = self.generate(again, frames, height, width, cfg_scale, steps, each, negative, sampler, shift, 1, progress=progress)
-            return drawn.unflatten(0, (-1, many))[torch.arange(len(prompts)), self.judge.fits(drawn, again).view(-1, many).argmax(1).to(drawn.device)]
+            liked = self.judge.fits(drawn, self.near(self.detail(again, each)) if self.detail and self.near else again)
+            return drawn.unflatten(0, (-1, many))[torch.arange(len(prompts)), liked.view(-1, many).argmax(1).to(drawn.device)]
         if self.detail: text = self.ids(self.detail(prompts, seeds))
         noise = torch.stack([torch.randn(shape, generator=core.generator(k)) for k in seeds]).to(self.device)
         model = guide(lambda xt, t, text: self.dit(xt, t, text), s["cfg_scale"], dict(text=null))
@@ -181,7 +183,8 @@ class Sora(nn.Module):
         except (KeyError, TypeError, RuntimeError) as e: raise core.UserError(f"{path} does not fit its card: {str(e).splitlines()[0]}") from None
         if "pixels" in card.get("captions", ()) and not as_is:
             from minisora.world import World                                 # here: of all that draws, only such a model needs the world
-            model.detail = World(**card.get("scenes", {})).detail
+            world = World(**card.get("scenes", {}))
+            model.detail, model.near = world.detail, world.near
         if "judge_sha256" in card:
             from minisora.clip import CLIP                                   # here: it learned from pictures and captions, and no model of clips needs it
             if judge_file(path).is_file(): model.judge = CLIP.from_pretrained(judge_file(path))

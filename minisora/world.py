@@ -8,7 +8,7 @@ __all__ = ['VERSION', 'SHAPES', 'COLORS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'D
            'FIELDS', 'CHOICES', 'TABLES', 'SPLITS', 'SYNONYMS', 'VERBS', 'ACTS', 'ON', 'BESIDE', 'FILLERS', 'PHRASES',
            'CENTROID', 'BLURS', 'distance', 'Scenes', 'reserved', 'World', 'twins', 'keep', 'sample', 'scene', 'tones',
            'stamp', 'palette', 'render', 'caption', 'entropy', 'enumerate_scenes', 'asked', 'parse', 'paraphrase',
-           'detail', 'centroid', 'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
+           'detail', 'near', 'centroid', 'laws', 'templates', 'read', 'Rate', 'wilson', 'Grades', 'grade', 'physics']
 
 # %% ../nbs/02_world.ipynb #7e4d22be
 import itertools, math, random, re
@@ -207,6 +207,7 @@ class World:
     def parse(self, text: str) -> dict: return parse(self, text)
     def asked(self, prompts: list[str]) -> Scenes: return asked(self, prompts)
     def detail(self, prompts: list[str], seeds: list[int]) -> list[str]: return detail(self, prompts, seeds)
+    def near(self, prompts: list[str]) -> list[list[str]]: return near(self, prompts)
     def entropy(self, level: str, split: str = "train") -> float: return entropy(self, level, split)
 
 # %% ../nbs/02_world.ipynb #82f249f9
@@ -609,6 +610,17 @@ def detail(W: World,
         known = any((getattr(one, k) >= 0).any() for k in ("shape", "color", "size", "texture", "motion", "background"))
         out.append(caption(s[fits[0]], "pixels")[0] if known and len(fits) else prompt)
     return out
+
+# %% ../nbs/02_world.ipynb #0c7a07f6
+def near(W: World,
+    prompts: list[str],  # that say all that a `long` caption does, such as `detail` gives them
+) -> list[list[str]]:
+    "Each prompt as a `long` caption, then all that are wrong in one thing: texture, size or shape. A prompt that leaves something open stands alone."
+    s = asked(W, prompts)
+    whole = torch.stack([(getattr(s, k) >= 0).reshape(len(s), -1).all(1) for k in ("shape", "color", "size", "texture", "background", *["motion"]*(W.frames > 1))]).all(0).tolist()
+    other = lambda k, table: [replace(s, **{k: (getattr(s, k) + by) % len(table)}) for by in range(1, len(table))]
+    rows = zip(*(caption(x, "long") for x in (s, *other("texture", TEXTURES), *other("size", SIZES), *other("shape", SHAPES))))
+    return [list(row) if one else [p] for p, row, one in zip(prompts, rows, whole)]
 
 # %% ../nbs/02_world.ipynb #4d3f2ca1
 _y, _x = torch.meshgrid(*[torch.linspace(-1.5, 1.5, 301)]*2, indexing="ij")

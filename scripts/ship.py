@@ -1,6 +1,7 @@
 """Take a finished run into the package: weights at half precision, their card, and how the training went.
 
     python scripts/ship.py RUN NAME "2 CPU cores, bf16"
+    python scripts/ship.py RUN t2v-judge "2 CPU cores, bf16"        # a run of preset judge: beside t2v, whose card then names it
 
 RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors (or NAME-vq.safetensors) if there is one,
 their cards, and minisora/results/NAME_training.json, which chapters 21, 33 and 41 draw. A stage that the run did not train (a DiT on a
@@ -13,10 +14,11 @@ from minisora import core
 from minisora.captioner import Captioner
 from minisora.cli import load_sora
 from minisora.clip import CLIP
+from minisora.sora import Sora
 from minisora.train import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-
+BEST_OF = 4  # clips that a model with a judge draws for a prompt
 
 def stage(folder, every=200):
     "FLOPs and minutes of one stage, and every so many steps of its log, grades always."
@@ -41,6 +43,10 @@ def main(run, name, device):
     model.save_pretrained(ROOT / f"minisora/weights/{name}.safetensors", half=True, device=device, command=command, **({k: v[one] for k, v in total.items()} if one in kinds else total))
     about = dict(device=device, seed=model.card["seed"], world=model.card.get("world"), command=command, stages=stages)
     core.write_atomic(table, json.dumps(about) + "\n")
+    if name.endswith("-judge"):
+        sora = Sora.from_pretrained(name.removesuffix("-judge"))
+        sora.judge, sora.card["sampling"] = model, {**sora.card["sampling"], "best_of": BEST_OF}
+        sora.save_pretrained(ROOT / f"minisora/weights/{name.removesuffix('-judge')}.safetensors", half=True)
     print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")
 
 

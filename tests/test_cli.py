@@ -379,6 +379,27 @@ def test_mistakes_of_train(says, folder, tmp_path):
     says("train", "--preset", "tiny", "--data", tmp_path / "bad", *out, words="bad has no clip")
 
 
+# --- a judge
+
+def test_judge_learns_from_what_it_will_judge(tmp_path, capsys, says, folder, monkeypatch):
+    "Frames of clips, half of them as t2v draws them, and captions that are wrong in one thing."
+    from minisora import train
+    seen, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda model, loss, draw, *a, **k: seen.append(draw(core.generator(0))) or fit(model, loss, draw, *a, **k))
+    ok("train", "--preset", "judge", "--steps", 2, "--batch", 4, "--out", tmp_path / "r", "--device", "cpu")
+    card, batch = json.loads((tmp_path / "r" / "model.json").read_text()), seen[0]
+    assert card["kind"] == "clip" and batch["pixels"].shape == (4, 3, 32, 32) and batch["near"].shape[:2] == (4, 5)
+    words = {k + 257: w for k, w in enumerate(card["words"])}
+    w = world.World()
+    for row in batch["near"].tolist():
+        own, *others = (w.parse(" ".join(words[i] for i in ids if i)) for ids in row)
+        own = {k: v for k, v in own.items() if k != "unknown"}
+        for other, attribute in zip(others, ("texture", "texture", "shape", "size")):
+            assert {k for k in own if own[k] != other.get(k)} | {k for k in other if k != "unknown" and other[k] != own.get(k)} == {attribute}
+    assert "rank PROMPT FILE" in capsys.readouterr().out
+    says("train", "--preset", "judge", "--data", folder, "--out", tmp_path / "no", words="judge learns to judge t2v, which draws the world: expected world")
+
+
 # --- ranking
 
 def test_rank(tmp_path, capsys, says):

@@ -291,6 +291,21 @@ def test_bad_state_dicts():
     assert load_clip(narrow, image_heads=2).config.heads == 2
 
 
+# --- captions that are wrong in one thing
+
+def test_near_captions_by_hand(small):
+    "The loss with hard negatives is the contrastive one and the surprise at the first of each row, written as a loop."
+    pixels, g = torch.rand(3, 3, 32, 32, generator=core.generator(2)) * 2 - 1, core.generator(3)
+    text = small.ids(TEXTS[:3])
+    near = torch.randint(257, small.config.vocab, (3, 4, 5), generator=g)
+    loss, scale = small.loss(pixels, text, near=near)
+    by_hand = small.loss(pixels, text)[0]
+    for i in range(3):
+        cosines = torch.stack([F.cosine_similarity(small.encode_image(pixels[i:i + 1]), small.encode_text(near[i, k][None]))[0] for k in range(4)])
+        by_hand = by_hand + (torch.logsumexp(scale * cosines, 0) - scale * cosines[0]) / 3
+    torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-4)
+
+
 # --- one text each
 
 def test_fits_is_the_diagonal_of_scores():
