@@ -58,7 +58,7 @@ def preset(
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=4, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
-                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=58_000, muon=4., save_every=1000),
+                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=91_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
         return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=45_000, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., ema=.99, save_every=150))
@@ -213,7 +213,10 @@ def train_clip(
         alike = (both := other @ one.T)/(other.sum(1, keepdim=True) + one.sum(1) - both)      # Jaccard's
         i = torch.cat([some[alike.topk(max(1, p.dit_batch//8), dim=0).indices].unique(), i])[:p.dit_batch]
         k = torch.randint(frames, i.shape, generator=g) if frames > 1 else torch.zeros_like(i)
-        return dict(pixels=pictures[i//p.captions, k].float()/127.5 - 1, text=ids[i].long()) | ({} if near is None else dict(near=near[i//p.captions][:, [0, 1, 2, 3 + int(torch.randint(2, (), generator=g)), 5 + int(torch.randint(7, (), generator=g))]].long()))   # the right one, two textures, a size, a shape
+        out = dict(pixels=pictures[i//p.captions, k].float()/127.5 - 1, text=ids[i].long())
+        if near is None: return out
+        a, b = (low + torch.randint(n, (), generator=g).item() for low, n in ((3, 2), (5, 7)))
+        return out | dict(near=near[i//p.captions][:, [0, 1, 2, a, b]].long())                    # the right one, two textures, a size, a shape
     done = fit(model, model.loss, draw, replace(p.dit_recipe, seed=seed), Path(out)/"clip", resume, dict(facts or {}, seed=seed, clip=p.dit), name="clip")
     model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
     return model

@@ -131,12 +131,15 @@ class Sora(nn.Module):
         pf, was = self.vae.config.frames, self.training
         shape = self.vae.latent_shape(1 + -(-(frames - 1)//pf)*pf, s["height"], s["width"])
         text, null = self.ids(prompts), self.ids([negative])                  # unknown words are said here
-        if many > 1:                                                          # the first of them is the clip that best_of=1 draws
-            each = [k for seed in seeds for k in (seed, *torch.randint(2**62, (many - 1,), generator=core.generator(seed)).tolist())]
-            again = [p for p in prompts for _ in range(many)]
-            drawn = self.generate(again, frames, height, width, cfg_scale, steps, each, negative, sampler, shift, 1, progress=progress)
-            liked = self.judge.fits(drawn, self.near(self.detail(again, each)) if self.detail and self.near else again)
-            return drawn.unflatten(0, (-1, many))[torch.arange(len(prompts)), liked.view(-1, many).argmax(1).to(drawn.device)]
+        if many > 1:                                                          # the first of each is the clip that best_of=1 draws
+            kept, some = [], max(1, 256//many)                                # prompts at a time: memory stays what it was
+            for k in range(0, len(prompts), some):
+                again = [p for p in prompts[k:k + some] for _ in range(many)]
+                each = [i for seed in seeds[k:k + some] for i in (seed, *torch.randint(2**62, (many - 1,), generator=core.generator(seed)).tolist())]
+                drawn = self.generate(again, frames, height, width, cfg_scale, steps, each, negative, sampler, shift, 1, progress=progress)
+                liked = self.judge.fits(drawn, self.near(self.detail(again, each)) if self.detail and self.near else again).view(-1, many).argmax(1)
+                kept.append(drawn.unflatten(0, (-1, many))[torch.arange(len(liked)), liked.to(drawn.device)])
+            return torch.cat(kept)
         if self.detail: text = self.ids(self.detail(prompts, seeds))
         noise = torch.stack([torch.randn(shape, generator=core.generator(k)) for k in seeds]).to(self.device)
         model = guide(lambda xt, t, text: self.dit(xt, t, text), s["cfg_scale"], dict(text=null))
@@ -158,7 +161,8 @@ class Sora(nn.Module):
         facts = {**self.card, **facts}
         shape = dict(vae=asdict(self.vae.config), seed=facts.get("seed"), world=facts.get("world"))
         if not isinstance(self.vae, Pixels): facts["vae_sha256"] = put(vae_file(path), self.vae.state_dict(), dict(shape, kind="vae"))     # first: the DiT's card names it
-        if self.judge is not None: facts["judge_sha256"] = core.load(self.judge.save_pretrained(judge_file(path), half))[1]["sha256"]
+        if self.judge is None: facts.pop("judge_sha256", None)
+        else: facts["judge_sha256"] = core.load(self.judge.save_pretrained(judge_file(path), half))[1]["sha256"]
         self.card = {**facts, **shape, "kind": "sora", "dit": asdict(self.dit.config), "words": self.tokenizer.words}
         put(path, own, self.card)
         return path

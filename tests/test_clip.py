@@ -324,6 +324,10 @@ def test_fits_is_the_diagonal_of_scores():
         warnings.simplefilter("error")                                                                # in silence
         odd = model.fits(clips, ["a red circle zeppelin", "", "zeppelin", "a square" + " red circle"*40])
     assert torch.allclose(odd[0], model.fits(clips[:1], ["a red circle"])[0], atol=1e-6) and odd[1] == odd[2] == 0 and odd[3].isfinite()
+    rows = [["a red circle", "a blue circle", "a star"], ["small"], "a large blue star", ["a square", "a star"]]
+    cosines = model.scores(five, ["a red circle", "a blue circle", "a star", "small", "a large blue star", "a square"])
+    want = [(model.scale*cosines[0, :3]).log_softmax(0)[0], torch.tensor(0.), cosines[2, 4], (model.scale*cosines[3, [5, 2]]).log_softmax(0)[0]]
+    torch.testing.assert_close(model.fits(clips, rows), torch.stack(want), rtol=1e-4, atol=1e-4)
 
 
 # --- the weights that ship

@@ -349,3 +349,15 @@ def test_a_ball_that_does_not_turn():
     (lambda: w.distance("heart", torch.zeros(1), torch.zeros(1)), "heart")])
 def test_errors_name_the_culprit(call, words):
     with pytest.raises(ValueError, match=words): call()
+
+
+def test_what_is_nearly_right():
+    "Every other texture, size and shape once, nothing else changed; a prompt that leaves something open stands alone."
+    for world in (World(), World(frames=1)):
+        scenes = world.sample(40, torch.Generator().manual_seed(6))
+        for level in ("long", "pixels"):
+            for told, row, own in zip(world.caption(scenes, "long"), world.near(world.caption(scenes, level)), map(world.parse, world.caption(scenes, "long"))):
+                assert row[0] == told and len(row) == len(set(row)) == 12
+                changed = [{k for k in ("shape", "color", "size", "texture", "motion", "background") if own.get(k) != other.get(k)} for other in map(world.parse, row[1:])]
+                assert sorted(map(tuple, changed)) == [("shape",)]*7 + [("size",)]*2 + [("texture",)]*2
+    assert World().near(["xyzzy", "a red circle", ""]) == [["xyzzy"], ["a red circle"], [""]]
