@@ -246,10 +246,10 @@ def parts(shape, patch, batch, reps, device, fast=True, side=32) -> dict:  # as 
 
 # %% ../nbs/50_fast.ipynb #e1b745ec
 def latency(model, reps, device) -> dict:  # a Sora
-    "Seconds for one clip and for sixteen, as its card samples."
+    "Seconds for one clip and for sixteen, as its card samples, and for one that is drawn once where the card has the best of several."
     world = World(**model.card["scenes"])
     prompts = world.caption(world.sample(16, core.generator(1)))
-    return {k: middle(v) for k, v in race({str(n): lambda n=n: model.generate(prompts[:n], seed=0) for n in (1, 16)}, reps, device).items()}
+    return {k: middle(v) for k, v in race({k: lambda n=n, kw=kw: model.generate(prompts[:n], seed=0, **kw) for k, n, kw in (("1", 1, {}), ("16", 16, {}), ("1, drawn once", 1, dict(best_of=1)))}, reps, device).items()}
 
 def knee(model, n, points: dict, say=print) -> dict:  # n prompts, with the same noise at every point; points: sampler → numbers of steps
     "Clips that are right in all, by sampler and calls of the network; the knee is the cheapest point from which on its sampler is never clearly worse than the best."
