@@ -394,7 +394,7 @@ def test_judge_learns_from_what_it_will_judge(tmp_path, capsys, says, folder, mo
     for row in batch["near"].tolist():
         own, *others = (w.parse(" ".join(words[i] for i in ids if i)) for ids in row)
         own = {k: v for k, v in own.items() if k != "unknown"}
-        for other, attribute in zip(others, ("texture", "texture", "shape", "size")):
+        for other, attribute in zip(others, ("texture", "texture", "size", "shape")):
             assert {k for k in own if own[k] != other.get(k)} | {k for k in other if k != "unknown" and other[k] != own.get(k)} == {attribute}
     assert "rank PROMPT FILE" in capsys.readouterr().out
     says("train", "--preset", "judge", "--data", folder, "--out", tmp_path / "no", words="judge learns to judge t2v, which draws the world: expected world")
