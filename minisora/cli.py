@@ -434,7 +434,7 @@ def load_sora(name, device=None, as_is=False):        # as Sora.from_pretrained;
     from minisora.sora import Sora, judge_file
     card, kind = card_of(name).get("kind"), Sora
     if card in ("sora", "dalle"): check_card(name)
-    if "judge_sha256" in card_of(name): check_card(judge_file(core.find_weights(name)))
+    if "judge_sha256" in card_of(name) and (judge := judge_file(core.find_weights(name))).is_file(): check_card(judge)
     if card == "dalle": from minisora.dalle import Dalle as kind      # images, token by token: drawn and graded through the same doors
     model = kind.from_pretrained(name, str(core.device(device)))
     if model.card.get("data") == "world" and model.card.get("world") != world.VERSION:
