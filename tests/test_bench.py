@@ -143,8 +143,8 @@ def test_memory_grows_linearly_but_for_scores():
 
 def test_knee_is_the_cheapest_point_not_clearly_worse(monkeypatch):
     right = {1: .1, 4: .4, 7: .9, 16: .9}                                         # of the clips, by steps: the first ones
-    def generate(prompts, seed, sampler, steps):
-        assert len(prompts) in (64, 16) and seed == 10_000 + (len(prompts) == 16) * 64
+    def generate(prompts, seed, sampler, steps, best_of):
+        assert best_of == 1 and len(prompts) in (64, 16) and seed == 10_000 + (len(prompts) == 16) * 64
         return torch.full((len(prompts), 1), float(steps))
     monkeypatch.setattr(bench, "grade", lambda clips, scenes, level: SimpleNamespace(right=torch.arange(80) < 80 * right[int(clips[0])]))
     model = SimpleNamespace(card=dict(scenes={}, sampling=dict(steps=8)), generate=generate)
