@@ -20,6 +20,7 @@ from minisora.train import read_log
 ROOT = Path(__file__).resolve().parent.parent
 BEST_OF = 8  # clips that a model with a judge draws for a prompt
 
+
 def stage(folder, every=200):
     "FLOPs and minutes of one stage, and every so many steps of its log, grades always."
     card = json.loads(max(folder.glob("step-*.json"), key=lambda p: p.stem).read_text(encoding="utf-8"))
