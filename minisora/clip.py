@@ -154,11 +154,13 @@ class CLIP(nn.Module):
 
     def ids(self,
         texts,  # list of str
+        quiet=False,  # pass over such words, and those beyond the model's length, in silence
     ):  # (b l), 0 = pad
         "Token ids; words that no training caption held are left out, and said aloud once."
         if self.tokenizer is None: raise ValueError("this CLIP has no tokenizer: expected ids, as its own tokenizer gives them")
         rows = [[i for i in row if i > 256] for row in self.tokenizer.encode(texts)[0].tolist()]  # up to 256 are bytes, of words it does not know
         for text, row in zip(texts, rows):
+            if quiet: del row[self.config.length:]; continue
             new = [w for w in self.tokenizer.unknown(text) if w not in self._said and w.isalnum()]
             if new: warnings.warn(f"no caption in training held {', '.join(map(repr, new))}: left out of {text!r}", stacklevel=3)
             self._said.update(new)
@@ -186,8 +188,7 @@ class CLIP(nn.Module):
         if x.shape[-2:] != (c.side, c.side): x = F.interpolate(x.flatten(0, 1), (c.side, c.side), mode="area").unflatten(0, x.shape[:2])
         lists = [[t] if isinstance(t, str) else list(t) for t in texts]
         number = {t: k for k, t in enumerate(dict.fromkeys(t for row in lists for t in row))}                   # each text is read once
-        rows = [[i for i in row if i > 256][:c.length] for row in self.tokenizer.encode([*number])[0].tolist()]
-        ids = torch.tensor([row + [0] * (max(1, *map(len, rows)) - len(row)) for row in rows], device=self.token.device)
+        ids = self.ids([*number], quiet=True)
         image, text = (F.normalize(v, dim=-1) for v in (self.encode_image(x.to(self.token.device)), self.encode_text(ids)))
         cosines = torch.where(ids.any(1), image @ text.T, 0.)
         return torch.stack([one[number[t]] if isinstance(t, str) else (self.scale * one[[number[u] for u in t]]).log_softmax(0)[0] for one, t in zip(cosines, texts)])
