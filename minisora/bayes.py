@@ -43,6 +43,7 @@ def _scan(x, t, scenes, chunk):                                            # (b 
 def _checked(xt, t, scenes, dtype):                                       # as in `posterior` -> (b 1)
     "The time of each noisy picture, where all three fit each other."
     b, t = len(xt), torch.as_tensor(t, dtype=dtype, device=xt.device)
+    if not xt.isfinite().all(): raise ValueError("xt holds nan or infinity: expected numbers")
     if t.shape not in ((), (b,)) or not ((0 <= t) & (t <= 1)).all(): raise ValueError(f"t has shape {tuple(t.shape)}, from {t.min():.4g} to {t.max():.4g}: expected a number or ({b},), in [0, 1]")
     if not len(scenes): raise ValueError("scenes is empty: expected at least one")
     shape = tuple(scenes.shape[1:]) if isinstance(scenes, Tensor) else (scenes.world.frames, 3, scenes.world.size, scenes.world.size)

@@ -74,6 +74,7 @@ def classify(
 ) -> Verdict:
     "The prompt under which noise is removed best (Li 2023, Your diffusion model is secretly a zero-shot classifier)."
     if isinstance(prompts, str): raise ValueError(f"prompts is {prompts[:99]!r}: expected a list of texts")
+    if clips.ndim != 5: raise ValueError(f"clips is {tuple(clips.shape)}: expected (b, f, c, h, w)")
     if chunk < 1: raise ValueError(f"chunk is {chunk}: expected 1 or more")
     rows = [list(prompts)]*len(clips) if prompts and isinstance(prompts[0], str) else [list(row) for row in prompts]
     b, k = len(clips), len(rows[0]) if rows else 0

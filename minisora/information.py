@@ -79,6 +79,8 @@ def measure(
     learned: Callable | None = None,  # (xt, t, i, level) -> velocity of pictures i; None: the exact guess itself is measured
 ) -> dict:  # level -> list of m Rates
     "Hold a denoiser against the exact one: every level of caption sees the same pictures under the same noise."
+    wrong = {level: len(c) for level, c in said.items() if len(c) != len(pictures)}
+    if wrong: raise ValueError(f"said has {wrong}: expected the number of a caption for each of {len(pictures)} pictures")
     g, out = generator(seed), {level: [] for level in said}
     for s, b in zip(map(float, logsnr), [n]*len(logsnr) if isinstance(n, int) else n):
         i = ((torch.randperm(b, generator=g) + torch.rand(b, generator=g))*(len(pictures)/b)).long()   # one from each stretch of the list
@@ -115,4 +117,5 @@ def shortest(
     says: dict,  # level of caption -> bits that it says, rising
 ) -> str:  # a level
     "The shortest caption that says as much; the longest where none does."
+    if not says: raise ValueError("says is empty: expected a level or more")
     return next((level for level, said in says.items() if said >= bits - 1e-3), [*says][-1])

@@ -55,6 +55,7 @@ class Sora(nn.Module):
         if dit.config.channels != vae.config.channels: raise ValueError(f"dit has {dit.config.channels} channels, vae {vae.config.channels}: expected the same")
         self.dit, self.vae, self.tokenizer, self.card, self._said = dit, vae, tokenizer, dict(card or {}), set()
         self.detail = None                                                    # (prompts, seeds) -> the prompts told in full, such as World().detail
+        self.ignored = None                                                   # prompt -> its words that ask for nothing: World().parse(prompt)["unknown"]
         self.near = None                                                      # prompts told in full -> lists of prompts, the first right, the others nearly so: World().near
         self.judge = None                                                     # has .fits(clips, prompts or such lists) -> (b), the higher the better: a CLIP
         self.register_buffer("mean", torch.zeros(vae.config.channels, 1, 1))  # of the latents, by channel
@@ -114,7 +115,7 @@ class Sora(nn.Module):
         progress=None,      # wraps the list of steps, e.g. tqdm
     ):                      # (b f c h w) in [-1, 1]
         "Clips for prompts; each depends on its own prompt and seed alone. The best of several as DALL·E's were chosen by CLIP ([Ramesh 2021](https://arxiv.org/abs/2102.12092), section 2.6)."
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
         if not prompts or not all(isinstance(p, str) for p in prompts): raise ValueError(f"prompts is {str(prompts)[:99]}: expected a text, or a list of one or more")
         if image is not None or mask is not None: raise ValueError("image and mask need a model that was trained with frame masks, which this one was not")
         s = {**SAMPLING, **self.card.get("sampling", {}), **{k: v for k, v in dict(sampler=sampler, steps=steps, shift=shift, cfg_scale=cfg_scale, best_of=best_of, frames=frames, height=height, width=width).items() if v is not None}}
@@ -122,6 +123,8 @@ class Sora(nn.Module):
         if s["sampler"] not in SAMPLERS: raise ValueError(f"sampler is {s['sampler']!r}: expected one of {', '.join(SAMPLERS)}")
         for k in ("frames", "height", "width", "steps", "best_of"):
             if type(s[k]) is not int or s[k] < 1: raise ValueError(f"{k} is {s[k]!r}: expected a whole number from 1")
+        for k, p in zip(("height", "width"), self.dit.config.patch[1:]):
+            if s[k] % (side := p*self.vae.config.patch): raise ValueError(f"{k} is {s[k]}: expected a multiple of {side}")
         if not (isinstance(s["cfg_scale"], (int, float)) and math.isfinite(s["cfg_scale"])): raise ValueError(f"cfg_scale is {s['cfg_scale']!r}: expected a finite number")
         try: seeds = [operator.index(k) for k in seed] if isinstance(seed, Iterable) and getattr(seed, "ndim", 1) else [operator.index(seed) + k for k in range(len(prompts))]
         except TypeError: raise ValueError(f"seed is {seed!r}: expected a whole number, or one for each prompt") from None
@@ -131,6 +134,9 @@ class Sora(nn.Module):
         pf, was = self.vae.config.frames, self.training
         shape = self.vae.latent_shape(1 + -(-(frames - 1)//pf)*pf, s["height"], s["width"])
         text, null = self.ids(prompts), self.ids([negative])                  # unknown words are said here
+        for p in {*prompts} - self._said if self.detail and self.ignored else ():
+            self._said.add(p)                                                 # and so are known ones that ask for what no clip of this world has
+            if left := [w for w in self.ignored(p) if w in self.tokenizer.ids]: warnings.warn(f"left out of {p!r}: {', '.join(map(repr, left))}, which one clip cannot show beside the rest", stacklevel=2)
         if many > 1:                                                          # the first of each is the clip that best_of=1 draws
             kept, some = [], max(1, 256//many)                                # prompts at a time: memory stays what it was
             for k in range(0, len(prompts), some):
@@ -188,7 +194,7 @@ class Sora(nn.Module):
         if "pixels" in card.get("captions", ()) and not as_is:
             from minisora.world import World                                 # here: of all that draws, only such a model needs the world
             world = World(**card.get("scenes", {}))
-            model.detail, model.near = world.detail, world.near
+            model.detail, model.near, model.ignored = world.detail, world.near, lambda prompt: world.parse(prompt)["unknown"]
         if "judge_sha256" in card:
             from minisora.clip import CLIP                                   # here: it learned from pictures and captions, and no model of clips needs it
             if judge_file(path).is_file(): model.judge = CLIP.from_pretrained(judge_file(path))

@@ -19,8 +19,10 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, repeat
 
+from .core import WORLD
+
 # %% ../nbs/02_world.ipynb #9d5ec3c0
-VERSION = "1"  # datasets, records and checkpoints carry it: what is drawn or reserved never changes under one version
+VERSION = WORLD  # datasets, records and checkpoints carry it: what is drawn or reserved never changes under one version
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "moon", "bar")
 COLORS = dict(red=(1., .1, .1), orange=(1., .5, 0.), yellow=(1., .95, .1), green=(.1, .8, .1), cyan=(.1, .9, .95),
               blue=(.1, .2, 1.), purple=(.6, .1, .9), pink=(1., .4, .7))

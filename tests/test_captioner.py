@@ -8,7 +8,7 @@ import torch
 from minisora import captioner, cli, core
 from minisora.captioner import Captioner, CaptionerConfig, Encoder, caption_loss, generate, glimpses, nats, score
 from minisora.core import generator, num_params
-from minisora.data import write_clip
+from minisora.data import Folder, write_clip
 from minisora.text import Tokenizer
 from minisora.train import Recipe, fit
 from minisora.world import World
@@ -177,6 +177,9 @@ def test_command_line(tmp_path, capsys):
     code, out, err = call(tmp_path/"in"/"a.gif", "--json", "--level", "short")
     line = json.loads(out[0])
     assert code == 0 and not err and set(line) == {"file", "caption", "bits"} and line["bits"] >= 0
+    code, out, err = call(tmp_path/"in", "--json")                                                  # of a folder: lines for its captions.jsonl
+    (tmp_path/"in"/"captions.jsonl").write_text("\n".join(out), encoding="utf-8")
+    assert [json.loads(l)["file"] for l in out] == ["a.gif", "deep/b.png"] and [name for name, _ in Folder(tmp_path/"in", say=lambda line: None).items] == ["a.gif", "deep/b.png"]
     model = Captioner.from_pretrained()
     assert line["caption"] == generate(model, cli_clip(tmp_path/"in"/"a.gif"), "short")[0]
     (tmp_path/"none").mkdir()

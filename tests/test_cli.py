@@ -66,7 +66,7 @@ def says(capsys):
 
 @pytest.mark.parametrize("args, code", [(["--help"], 0), (["--version"], 0), (["sample", "--help"], 0), (["train", "--help"], 0), ([], 2), (["sample", "a"], 2),
     (["sample", "--out", "a.gif"], 2), (["sample", "a", "--out", "a.avi"], 2), (["sample", "a", "--out", "a.gif", "--weights", "nowhere"], 2), (["sample", "a", "--out", "a.gif", "--seed", "x"], 2),
-    (["train", "--preset", "nope", "--out", "r"], 2), (["train", "--preset", "tiny", "--data", "nowhere", "--out", "r"], 2), (["eval", "--weights", "nowhere"], 2), (["rank", "a", "a.gif", "--weights", "nowhere"], 2), (["demo", "--data", "nowhere"], 2)])
+    (["train", "--preset", "nope", "--out", "r"], 2), (["train", "--preset", "tiny", "--data", "nowhere", "--out", "r"], 2), (["eval", "--weights", "nowhere"], 2), (["rank", "a", "a.gif"], 2), (["caption", "a.gif", "b.gif"], 2), (["demo", "--data", "nowhere"], 2)])
 def test_torch_is_not_needed(args, code, tmp_path):
     check = f"import sys\nfrom minisora.cli import main\ncode = main({args!r})\nassert code == {code}, code\nassert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}, capture_output=True, text=True)
@@ -442,7 +442,10 @@ def test_eval(run, tmp_path, capsys, monkeypatch):
         assert rates["all"][0] <= min(rates[k][0] for k in ("shape", "color", "motion")) + 1e-6
     assert "2 x 6 unseen prompts of level long" in out and "held-out" in out and "total variation" in out
     records = core.ledger(tmp_path / "results" / "ledger")
-    assert len(records) == 4 and {r["claim"] for r in records} == {17} and all(r["notebook"] == "41_sora" and r["n"] == 12 and r["world"] == world.VERSION for r in records)
+    assert len(records) == 6 and len({r["metric"] for r in records}) == 6 and all(r["metric"].endswith(f", weights {run.name}, steps 2 (%)") for r in records)   # never under the name of t2v's
+    least = {k: min(rates[k][0] for k in world.NAMED["long"] if k != "relation") for k, rates in ((k, v["rates"]) for k, v in result["splits"].items())}
+    assert sorted(r["value"] for r in records if r["metric"].startswith("least right")) == pytest.approx(sorted(least.values()), abs=1e-3)
+    assert {r["claim"] for r in records} == {17} and all(r["notebook"] == "41_sora" and r["n"] == 12 and r["world"] == world.VERSION for r in records)
     ok("eval", "--weights", run, "--n", 4, "--seeds", 1, "--level", "short", "--split", "heldout", "--steps", 1)
     assert "texture" not in capsys.readouterr().out
     assert cli.load_sora(str(run)).detail and not cli.load_sora(str(run), as_is=True).detail      # it was trained on captions that say all

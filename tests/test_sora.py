@@ -103,12 +103,25 @@ def test_unknown_words_are_said_once_and_left_out(model):
     assert torch.equal(first, model.ids(["a red circle"]))
 
 
+def test_words_that_ask_for_what_cannot_be_shown_are_said_once(tmp_path):
+    model = Sora.from_pretrained("t2v")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2): model.generate(["a red circle and a blue square", "a red circle"], steps=1, best_of=2)
+    assert len(said) == 1 and "'blue', 'square'" in str(said[0].message)
+
+
+def test_weights_of_another_world_are_refused(tmp_path):
+    Sora.from_pretrained("t2v").save_pretrained(tmp_path, world="999")
+    with pytest.raises(core.UserError, match="was trained on world '999', this is world '1'"): Sora.from_pretrained(tmp_path)
+
+
 def test_a_seed_is_any_whole_number_or_a_row_of_them(model):
     want = model.generate(["a", "b"], seed=3, steps=1)
     for seed in (np.int64(3), torch.tensor(3), [3, 4], range(3, 5), np.array([3, 4]), torch.tensor([3, 4])): assert torch.equal(model.generate(["a", "b"], seed=seed, steps=1), want)
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(prompts=[]), "prompts"), (dict(frames=0), "frames"), (dict(frames=2.5), "frames"), (dict(height=33), "height"),
+@pytest.mark.parametrize("wrong, says", [(dict(prompts=[]), "prompts"), (dict(frames=0), "frames"), (dict(frames=2.5), "frames"), (dict(height=33), "height"), (dict(width=36), "width is 36: expected a multiple of"), (dict(prompts=7), "prompts"),
     (dict(sampler="x"), "sampler"), (dict(prompts=None), "prompts"), (dict(prompts=[1]), "prompts"), (dict(frames=True), "frames"), (dict(height=32.), "height"), (dict(cfg_scale=math.nan), "cfg_scale"), (dict(cfg_scale="2"), "cfg_scale"),
     (dict(seed=None), "seed"), (dict(seed="a"), "seed"), (dict(seed=1.5), "seed"), (dict(seed=2**64 + 5), "seed"), (dict(seed=[1, 2]), "seed"), (dict(steps=0), "steps"), (dict(best_of=0), "best_of"), (dict(best_of=1.5), "best_of"), (dict(image=torch.zeros(3, 32, 32)), "image")])
 def test_wrong_arguments_are_named(model, wrong, says):
