@@ -2,6 +2,7 @@
 
     python scripts/ship.py RUN NAME "2 CPU cores, bf16"
     python scripts/ship.py RUN t2v-judge "2 CPU cores, bf16"        # a run of preset judge: beside t2v, whose card then names it
+    python scripts/ship.py --grades                                 # when chapters were executed: their records of what ships, onto the cards
 
 RUN is a folder that `minisora train` wrote; out come minisora/weights/NAME.safetensors, NAME-vae.safetensors (or NAME-vq.safetensors) if there is one,
 their cards, and minisora/results/NAME_training.json, which chapters 21, 33 and 41 draw. A stage that the run did not train (a DiT on a
@@ -19,6 +20,20 @@ from minisora.train import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 BEST_OF = 8  # clips that a model with a judge draws for a prompt
+
+GRADES = {  # weights: how the records of the ledger begin that grade them
+    "t2v": ("17-all-attributes-right-unseen", "17-all-attributes-right-held-out", "17-clips-that-obey", "17-least-right"), "t2v-judge": ("17-all-attributes-right-best-of-8",),
+    "pairs": ("10-swapped-colors-of-two-sprites-told-apart-pairings", "10-swapped-shapes"), "figure": ("12-i-x-caption-by-i-mmse-trained-denoiser-caption", "12-excess"),
+    "clip": ("08-zero-shot-by-clip", "07-retrieval"), "captioner": ("09-f1", "09-zero-shot"), "dalle": ("01-one-sprite", "03-top-half")}
+
+
+def grades(folder=ROOT / "minisora/weights"):
+    "Every card with the records that grade its weights: metric → value and interval."
+    for name, begins in GRADES.items():
+        path = folder / f"{name}.json"
+        records = [r for f in sorted((ROOT / "minisora/results/ledger").glob("*.json")) if f.stem.startswith(begins) for r in [json.loads(f.read_text(encoding="utf-8"))]]
+        card = json.loads(path.read_text(encoding="utf-8")) | dict(grades={r["metric"]: [r["value"], *r["ci"]] for r in records})
+        core.write_atomic(path, json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def stage(folder, every=200):
@@ -52,5 +67,6 @@ def main(run, name, device):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4: sys.exit(__doc__)
-    main(*sys.argv[1:])
+    if sys.argv[1:] == ["--grades"]: grades()
+    elif len(sys.argv) != 4: sys.exit(__doc__)
+    else: main(*sys.argv[1:])
