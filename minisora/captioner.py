@@ -179,6 +179,7 @@ def score(
     chunk=512,  # clips, or captions, at a time
 ):  # (b k) log2 p(caption | clip), at most 0
     "How well each caption fits, in bits: whoever must choose takes the largest."
+    if isinstance(captions, str): raise ValueError(f"captions is {captions[:99]!r}: expected a list of texts")
     rows = [list(captions)]*len(clips) if captions and isinstance(captions[0], str) else [list(row) for row in captions]
     k = len(rows[0]) if rows else 0
     if not k or len(rows) != len(clips) or {len(row) for row in rows} != {k}: raise ValueError(f"captions has {[len(row) for row in rows[:9]]} texts for {len(clips)} clips: expected k texts, or as many for each clip")
@@ -201,7 +202,7 @@ def generate(
     cache=True,  # keep keys and values instead of computing them again for each word
 ):  # list of b str
     "A caption for each clip, word by word."
-    if temperature < 0: raise ValueError(f"temperature is {temperature}: expected 0 or more")
+    if not 0 <= temperature < math.inf: raise ValueError(f"temperature is {temperature}: expected 0 or more")
     seen, kind, longest = model.encoder(clips), numbered(model, level, len(clips)), model.config.length
     tokens = new = torch.full((len(clips), 1), model.config.vocab, device=clips.device)  # START
     caches = [KVCache(longest) for _ in model.blocks] if cache else None

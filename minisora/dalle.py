@@ -197,6 +197,11 @@ class Dalle(nn.Module):
         return model.to(core.device(device) if device else "cpu").eval()
 
 # %% ../nbs/12_dalle.ipynb #ad53a96e
+def _whole(model, clips):
+    "Refuse pictures of another size than the model's."
+    c, size = model.config, model.vq.config.patch
+    if clips.ndim != 5 or tuple(clips.shape[1:]) != (1, 3, c.rows*size, c.cols*size): raise ValueError(f"clips is {tuple(clips.shape)}: expected (b, 1, 3, {c.rows*size}, {c.cols*size})")
+
 @torch.no_grad()
 def agreement(
     model,    # Dalle
@@ -204,6 +209,7 @@ def agreement(
     prompts,  # list of str, one for each
 ):  # (b) nats
     "How much more likely a caption makes an image, log p(image | caption) - log p(image): by whom best-of-N can be chosen."
+    _whole(model, clips)
     tokens = model.tokens(clips)
     given, alone = (model.surprise(model.ids(p), tokens)[1].sum(1) for p in (prompts, [""]*len(prompts)))
     return alone - given
@@ -218,6 +224,7 @@ def complete(
 ):  # (b 1 c h w)
     "Finish pictures: the upper part is given as it is, the rest is drawn, as the caption asks."
     rows = model.config.rows//2 if rows is None else rows
-    if not 0 < rows < model.config.rows: raise ValueError(f"rows is {rows}: expected 1 to {model.config.rows - 1}")
+    if not (isinstance(rows, int) and 0 < rows < model.config.rows): raise ValueError(f"rows is {rows}: expected a whole number from 1 to {model.config.rows - 1}")
+    _whole(model, clips)
     top = clips[..., :rows*model.vq.config.patch, :]
     return model.generate(prompts, given=model.tokens(top), **how)

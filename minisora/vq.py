@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn import functional as F
 
+from . import core
 from .transformer import Block, grid_positions, sincos
 
 # %% ../nbs/10_vq.ipynb #2754285a
@@ -202,12 +203,27 @@ class VQVAE(nn.Module):
         return ((painted[0].sigmoid() - .1)/.8).clamp(0, 1)*2 - 1 if self.config.laplace else painted[0]
 
     def encode(self, clips):  # (b f c h w) in [-1, 1] -> (b lf lh lw) long
-        "Tokens of clips."
-        return self.quantizer(self.features(clips))[1]
+        "Tokens of clips; asking for them never moves a codebook."
+        was = self.quantizer.training
+        self.quantizer.eval()
+        try: return self.quantizer(self.features(clips))[1]
+        finally: self.quantizer.train(was)
 
     def decode(self, indices):  # (b lf lh lw) long -> (b f c h w)
         "Clips of tokens."
         return self.pixels(self.paint(self.quantizer.lookup(indices)))
+
+    @classmethod
+    def from_pretrained(cls,
+        name="dalle-vq",  # shipped name, folder or .safetensors file
+    ):
+        "A saved tokenizer, checked against its card."
+        path = core.WEIGHTS/f"{name}.safetensors"
+        tensors, card = core.load(path if path.is_file() else core.find_weights(name))
+        if card.get("kind") != "vq": raise core.UserError(f"{name} holds {card.get('kind', 'something else')}: expected the weights of a VQ")
+        model = cls(VQConfig(**card["vq"]))
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+        return model.eval()
 
     def start(self, clips, generator=None):  # (b f c h w), with more tokens than there are codes
         "Begin at the centres of k-means of what the untrained encoder says."

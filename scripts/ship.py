@@ -24,7 +24,7 @@ BEST_OF = 8  # clips that a model with a judge draws for a prompt
 GRADES = {  # weights: how the records of the ledger begin that grade them
     "t2v": ("17-all-attributes-right-unseen", "17-all-attributes-right-held-out", "17-clips-that-obey", "17-least-right"), "t2v-judge": ("17-all-attributes-right-best-of-8",),
     "pairs": ("10-swapped-colors-of-two-sprites-told-apart-pairings", "10-swapped-shapes"), "figure": ("12-i-x-caption-by-i-mmse-trained-denoiser-caption", "12-excess"),
-    "clip": ("08-zero-shot-by-clip", "07-retrieval"), "captioner": ("09-f1", "09-zero-shot"), "dalle": ("01-one-sprite", "03-top-half")}
+    "clip": ("08-zero-shot-by-clip", "07-retrieval"), "captioner": ("09-f1", "09-zero-shot"), "dalle": ("01-one-sprite", "03-top-half"), "dalle-vq": ("01-all-right-after-the-codes",)}
 
 
 def grades(folder=ROOT / "minisora/weights"):
@@ -33,6 +33,7 @@ def grades(folder=ROOT / "minisora/weights"):
         path = folder / f"{name}.json"
         records = [r for f in sorted((ROOT / "minisora/results/ledger").glob("*.json")) if f.stem.startswith(begins) for r in [json.loads(f.read_text(encoding="utf-8"))]]
         card = json.loads(path.read_text(encoding="utf-8")) | dict(grades={r["metric"]: [r["value"], *r["ci"]] for r in records})
+        if name.endswith("-vq"): card |= {k: json.loads((folder / f"{name.removesuffix('-vq')}.json").read_text(encoding="utf-8"))[k] for k in ("data", "command", "device")}
         core.write_atomic(path, json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
