@@ -304,7 +304,7 @@ def abilities(
     seed,  # of weights, batches and prompts
 ):
     "Train for the same steps at every size; percent of drawn pictures with each skill, from one attribute to all of two sprites, and to pictures that no training picture is like."
-    d, n, batch, steps = _pairs(), core.at_scale(test=8, cpu=256, gpu=512), core.at_scale(test=4, cpu=64, gpu=128), core.at_scale(test=2, cpu=2400, gpu=8000)
+    d, n, batch, steps = _pairs(), core.at_scale(test=8, cpu=256, gpu=512), core.at_scale(test=4, cpu=64, gpu=128), core.at_scale(test=2, cpu=600, gpu=4000)
     torch.manual_seed(seed)
     model = Dalle(replace(d.dalle.config, width=width, depth=WIDTHS[width], heads=max(1, width//32)), d.dalle.vq, d.dalle.tokenizer).to(core.device())
     def draw(g):
