@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from minisora import core
 from minisora.core import generator, num_params
 from minisora.vq import FSQ, VQVAE, GumbelQuantizer, VectorQuantizer, VQConfig, anneal, kmeans, logit_laplace, nearest, straight_through
 
@@ -156,3 +157,12 @@ def test_bad_arguments_and_counts():
     assert at.tolist() == [0, 999]
     with pytest.raises(ValueError, match="7 numbers a vector: expected 4"): VectorQuantizer(8, 4)(torch.zeros(2, 7))
     assert num_params(VQVAE()) == 158_528
+
+
+def test_a_tokenizer_by_name_whose_encode_moves_nothing():
+    vq = VQVAE.from_pretrained("dalle-vq")
+    assert not vq.training and vq.config.codes == vq.quantizer.codes
+    fresh, x = VQVAE(VQConfig(codes=8, channels=4, width=8)), torch.rand(4, 1, 3, 8, 8)*2 - 1      # in training mode
+    book = fresh.quantizer.codebook.clone()
+    assert torch.equal(fresh.encode(x), fresh.encode(x)) and torch.equal(fresh.quantizer.codebook, book) and fresh.quantizer.training
+    with pytest.raises(core.UserError, match="expected the weights of a VQ"): VQVAE.from_pretrained("clip")
