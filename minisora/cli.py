@@ -601,7 +601,7 @@ def train_on(device, args, out):                      # torch.device, of the com
 # %% ../nbs/60_cli.ipynb #c1a0b0e4
 def some_file(names):                                 # before torch is imported
     "Refuse a list of files none of which is there."
-    if not any(Path(name).exists() for name in names): raise ValueError(f"no file {' or '.join(map(plain, names[:3]))}{' …'*(len(names) > 3)}: expected images or clips")
+    if not any(map(os.path.exists, names)): raise ValueError(f"no file {' or '.join(map(plain, names[:3]))}{' …'*(len(names) > 3)}: expected images or clips")
 
 def rank(args):
     "Sort files by how well they fit a prompt."
