@@ -58,7 +58,7 @@ def preset(
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=4, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
-                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=91_000, muon=4., save_every=1000),
+                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=133_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
         return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=120_000, vae_recipe=None, dit_recipe=Recipe(steps=10_000, muon=4., ema=.999, save_every=500))
