@@ -134,7 +134,7 @@ class Sora(nn.Module):
         pf, was = self.vae.config.frames, self.training
         shape = self.vae.latent_shape(1 + -(-(frames - 1)//pf)*pf, s["height"], s["width"])
         text, null = self.ids(prompts), self.ids([negative])                  # unknown words are said here
-        for p in {*prompts} - self._said if self.detail and self.ignored else ():
+        for p in dict.fromkeys(p for p in prompts if p not in self._said) if self.detail and self.ignored else ():
             self._said.add(p)                                                 # and so are known ones that ask for what no clip of this world has
             if left := [w for w in self.ignored(p) if w in self.tokenizer.ids]: warnings.warn(f"left out of {p!r}: {', '.join(map(repr, left))}, which one clip cannot show beside the rest", stacklevel=2)
         if many > 1:                                                          # the first of each is the clip that best_of=1 draws
