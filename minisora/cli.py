@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'CLIPS', 'LEVELS', 'TOLD', 'KNOWN', 'FORMATS', 'SAMPLER_NAMES', 'LONGEST', 'LARGEST', 'SAID', 'PAGE',
            'WORDING', 'DEMO', 'BENCH_PARTS', 'preset', 'train_sora', 'train_clip', 'train_dalle', 'adjusted', 'tile',
            'draw', 'watch', 'plain', 'say', 'Parser', 'number', 'device_name', 'check_place', 'place', 'card_of',
-           'check_card', 'load_sora', 'targets', 'sample', 'train', 'own_clips', 'train_on', 'some_file', 'rank',
-           'captioned', 'train_captioner', 'mirrored', 'caption', 'spread', 'variation', 'evaluate', 'to_ledger',
-           'cards', 'notes', 'curve', 'demo', 'page', 'bench', 'ledger', 'parser', 'main']
+           'check_card', 'load_sora', 'targets', 'sample', 'train', 'own_clips', 'train_on', 'some_file', 'inside',
+           'rank', 'captioned', 'train_captioner', 'mirrored', 'caption', 'spread', 'variation', 'evaluate',
+           'to_ledger', 'cards', 'notes', 'curve', 'demo', 'page', 'bench', 'ledger', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f6518086
 import argparse, html, itertools, json, math, os, re, signal, sys, threading, warnings
@@ -603,6 +603,14 @@ def some_file(names):                                 # before torch is imported
     "Refuse a list of files none of which is there."
     if not any(map(os.path.exists, names)): raise ValueError(f"no file {' or '.join(map(plain, names[:3]))}{' …'*(len(names) > 3)}: expected images or clips")
 
+def inside(names):                                    # files and folders
+    "Each file with the name that it is told by: those of a folder, which may nest, by their place in it, as its captions.jsonl has them."
+    from minisora.data import SUFFIXES
+    for name in map(Path, names):
+        found = [f for f in sorted(name.rglob("*")) if f.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in f.relative_to(name).parts)] if name.is_dir() else [name]
+        if not found: say(f"note: {name} holds no clip or image: expected files that end in one of {' '.join(SUFFIXES)}")
+        for f in found: yield f, f.relative_to(name).as_posix() if name.is_dir() else str(f)
+
 def rank(args):
     "Sort files by how well they fit a prompt."
     if not args.prompt.strip(): raise ValueError("the prompt is empty: expected words")
@@ -616,10 +624,10 @@ def rank(args):
     from minisora.data import read_clip
     model, clips, files = CLIP.from_pretrained(args.weights, str(core.device(args.device))), [], []
     if not model.ids([args.prompt]).any(): raise ValueError(f"prompt is {args.prompt!r}: no word of it was in a training caption of {args.weights}")
-    for file in args.file:
+    for file, _ in inside(args.file):
         try: clips.append(read_clip(file, 5, model.config.side)); files.append(file)   # a still repeats, a clip is seen at five moments
         except core.UserError as e: say(f"note: left out: {e}")
-    if not files: raise ValueError(f"none of {len(args.file)} files can be read: expected images or clips")
+    if not files: raise ValueError(f"nothing to rank: none of {', '.join(map(plain, args.file[:3]))}{' …'*(len(args.file) > 3)} can be read: expected images or clips")
     scores = model.scores(torch.stack(clips), [args.prompt])[:, 0].tolist()
     for score, file in sorted(zip(scores, files), key=lambda row: -row[0]): print(f"{score:6.3f}  {plain(file)}")
 
@@ -694,21 +702,17 @@ def caption(args):
     check_card(args.weights)
     from minisora import core
     from minisora.captioner import Captioner, generate, score
-    from minisora.data import SUFFIXES, read_clip
-    model, files, done = Captioner.from_pretrained(args.weights, str(core.device(args.device))), [], 0
-    for name in map(Path, args.file):
-        inside = [f for f in sorted(name.rglob("*")) if f.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in f.relative_to(name).parts)] if name.is_dir() else [name]
-        files += [(f, f.relative_to(name).as_posix() if name.is_dir() else str(f)) for f in inside]      # in a folder's captions.jsonl names begin there
-        if not inside: say(f"note: {name} holds no clip or image: expected files that end in one of {' '.join(SUFFIXES)}")
+    from minisora.data import read_clip
+    model, done = Captioner.from_pretrained(args.weights, str(core.device(args.device))), 0
     if args.level is not None and args.level not in model.config.levels: raise ValueError(f"--level is {args.level!r}: expected one of {', '.join(model.config.levels)}")
-    for file, told in files:
+    for file, told in inside(args.file):
         try: clip = read_clip(file, size=model.config.size)[None].to(core.device(args.device))
         except ValueError as e: say(f"note: left out: {e}"); continue
         if (clip == clip[:, :1]).all(): clip = clip[:, :1]            # nothing moves: an image
         (text,) = generate(model, clip, args.level)
         bits, done = -score(model, clip, [text], args.level).item(), done + 1
         print(json.dumps(dict(file=told, caption=text, bits=round(bits, 2)), ensure_ascii=False) if args.json else f"{plain(file)}: {text}  ({2**-bits:.0%} sure)", flush=True)
-    if not done: raise ValueError(f"nothing to caption: none of {len(files)} files could be read")
+    if not done: raise ValueError(f"nothing to caption: none of {', '.join(map(plain, args.file[:3]))}{' …'*(len(args.file) > 3)} can be read: expected images or clips")
 
 # %% ../nbs/60_cli.ipynb #1efde7a1
 def spread(right):                                    # list over seeds of (n) bool -> rate, low, high in percent

@@ -19,7 +19,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from . import core
-from .text import Tokenizer
+from .text import Tokenizer, is_punctuation
 from .transformer import Block
 
 # %% ../nbs/20_clip.ipynb #e0a3005d
@@ -170,7 +170,7 @@ class CLIP(nn.Module):
         rows = [[i for i in row if i > 256] for row in self.tokenizer.encode(texts)[0].tolist()]  # up to 256 are bytes, of words it does not know
         for text, row in zip(texts, rows):
             if quiet: del row[self.config.length:]; continue
-            new = [w for w in self.tokenizer.unknown(text) if w not in self._said and w.isalnum()]
+            new = [w for w in self.tokenizer.unknown(text) if w not in self._said and not is_punctuation(w)]
             if new: warnings.warn(f"no caption in training held {', '.join(map(repr, new))}: left out of {text!r}", stacklevel=3)
             self._said.update(new)
             if len(row) > self.config.length: raise core.UserError(f"text {text!r} has {len(row)} words: expected at most {self.config.length}")

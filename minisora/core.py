@@ -172,7 +172,7 @@ WEIGHTS = Path(minisora.__file__).parent / "weights"
 def find_weights(name) -> Path:  # a name in minisora/weights, a folder that save_pretrained wrote, or a .safetensors file
     "The file that a name, folder or file stands for."
     shipped = sorted(f.stem for f in WEIGHTS.glob("*.safetensors") if not f.stem.endswith(("-vae", "-vq", "-judge")))
-    if str(name) in shipped: return WEIGHTS / f"{name}.safetensors"
+    if (WEIGHTS/f"{name}.safetensors").is_file(): return WEIGHTS/f"{name}.safetensors"       # parts of others too
     path = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     if not path.is_file(): raise UserError(f"no weights at {name}: expected one of {', '.join(shipped) or '(none ship)'}, a folder with model.safetensors, or a .safetensors file")
     return path

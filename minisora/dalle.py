@@ -16,7 +16,7 @@ from torch import nn
 
 from . import core
 from .gpt import GPT
-from .text import Tokenizer
+from .text import Tokenizer, is_punctuation
 from .vq import VQConfig, VQVAE, nearest
 
 # %% ../nbs/12_dalle.ipynb #03da9a58
@@ -93,7 +93,7 @@ class Dalle(nn.Module):
         "Token ids of captions, padded by a token of each place's own; words that no training caption held are left out, and said aloud once."
         c, rows = self.config, []
         for p in prompts:
-            new = [w for w in self.tokenizer.unknown(p) if w not in self._said and w.isalnum()]
+            new = [w for w in self.tokenizer.unknown(p) if w not in self._said and not is_punctuation(w)]
             if new: warnings.warn(f"no caption in training held {', '.join(map(repr, new))}: left out of {p!r}", stacklevel=3)
             self._said.update(new)
             row = [i - 256 for i in self.tokenizer.encode([p])[0][0].tolist() if i > 256]
@@ -187,13 +187,12 @@ class Dalle(nn.Module):
         path = core.find_weights(name)
         tensors, card = core.load(path)
         if card.get("kind") != "dalle": raise core.UserError(f"{path} holds {card.get('kind', 'something else')}: expected the weights of a Dalle")
-        parts, vq_card = core.load(vq_file(path))
-        if vq_card.get("sha256") != card.get("vq_sha256"): raise core.UserError(f"{vq_file(path)} is not the VQ that {path.name} was trained with: copy both again")
-        full = lambda tensors: {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+        vq = VQVAE.from_pretrained(vq_file(path))
+        if vq.card["sha256"] != card.get("vq_sha256"): raise core.UserError(f"{vq_file(path)} is not the VQ that {path.name} was trained with: copy both again")
         try:
-            model = cls(DalleConfig(**card["dalle"]), VQVAE(VQConfig(**card["vq"])), Tokenizer(card["words"]), card)
-            model.gpt.load_state_dict(full(tensors)); model.vq.load_state_dict(full(parts))
-        except (KeyError, TypeError, RuntimeError) as e: raise core.UserError(f"{path} does not fit its card: {str(e).splitlines()[0]}") from None
+            model = cls(DalleConfig(**card["dalle"]), vq, Tokenizer(card["words"]), card)
+            model.gpt.load_state_dict({k: v.float() for k, v in tensors.items()})
+        except (KeyError, TypeError, ValueError, RuntimeError) as e: raise core.UserError(f"{path} does not fit its card: {str(e).splitlines()[0]}") from None
         return model.to(core.device(device) if device else "cpu").eval()
 
 # %% ../nbs/12_dalle.ipynb #ad53a96e

@@ -18,7 +18,7 @@ from torch import nn
 from . import core
 from .dit import DiT, DiTConfig
 from .flow import flow_loss, guide, sample_ddim, sample_euler, sample_heun
-from .text import Tokenizer
+from .text import Tokenizer, is_punctuation
 from .vae import PatchVAE, VAEConfig
 
 # %% ../nbs/41_sora.ipynb #a807cabe
@@ -91,7 +91,7 @@ class Sora(nn.Module):
         known = []
         for p in prompts:
             unknown = self.tokenizer.unknown(p)
-            new = [w for w in unknown if w not in self._said and w.isalnum()]
+            new = [w for w in unknown if w not in self._said and not is_punctuation(w)]
             if new: warnings.warn(f"no caption in training held {', '.join(map(repr, new))}: left out of {p!r}", stacklevel=3)
             self._said.update(new)
             known.append([i for i in self.tokenizer.encode([p])[0][0].tolist() if i > 256])

@@ -218,11 +218,14 @@ class VQVAE(nn.Module):
         name="dalle-vq",  # shipped name, folder or .safetensors file
     ):
         "A saved tokenizer, checked against its card."
-        path = core.WEIGHTS/f"{name}.safetensors"
-        tensors, card = core.load(path if path.is_file() else core.find_weights(name))
-        if card.get("kind") != "vq": raise core.UserError(f"{name} holds {card.get('kind', 'something else')}: expected the weights of a VQ")
-        model = cls(VQConfig(**card["vq"]))
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+        path = core.find_weights(name)
+        tensors, card = core.load(path)
+        if card.get("kind") != "vq": raise core.UserError(f"{path} holds {card.get('kind', 'something else')}: expected the weights of a VQ")
+        try:
+            model = cls(VQConfig(**card["vq"]))
+            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+        except (KeyError, TypeError, ValueError, RuntimeError) as e: raise core.UserError(f"{path} does not fit its card: {str(e).splitlines()[0]}") from None
+        model.card = card
         return model.eval()
 
     def start(self, clips, generator=None):  # (b f c h w), with more tokens than there are codes

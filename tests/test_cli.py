@@ -420,7 +420,9 @@ def test_rank(tmp_path, capsys, says):
     assert len(bad) == 2 and "torn.gif" in bad[0] and "gone.gif" in bad[1]
     assert cli.main(["rank", "a red circle", *map(str, [files[1], files[5], *weights])]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minisora: ")]
-    assert len(lines) == 3 and "none of 2 files can be read" in lines[-1]
+    assert len(lines) == 3 and "nothing to rank: none of " in lines[-1] and lines[-1].endswith("gone.gif can be read: expected images or clips")
+    ok("rank", "a red circle", tmp_path, *weights)        # a folder: all that is in it
+    assert sorted(Path(line.split("  ")[-1]).name for line in capsys.readouterr().out.splitlines()) == ["0.gif", "1.png", "2.webp", "still.jpg"]
     says("rank", " ", files[0], *weights, words="prompt is empty")
     says("rank", "a red circle", *weights, words="file")
     says("rank", "a", files[0], "--weights", "nowhere", words="no weights at nowhere: expected a name")

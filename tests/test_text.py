@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisora.core import generator
-from minisora.text import Tokenizer, split
+from minisora.text import Tokenizer, is_punctuation, split
 from minisora.world import World
 
 WORDS = ["a", "blue", "circle", "red", ",", "42", "été"]
@@ -66,6 +66,7 @@ def test_vocabulary_is_the_same_for_the_same_words_and_after_json():
 def test_unknown_words_once_in_order():
     assert Tokenizer(WORDS).unknown("Teal circle, a dodecahedron; teal!") == ["teal", "dodecahedron", ";", "!"]
     assert Tokenizer(WORDS).unknown("a RED circle") == []
+    assert all(map(is_punctuation, "!…»;_")) and not any(map(is_punctuation, ["🔴", "+", "→", "_x", "42", "été"]))
 
 
 def test_bytes_that_a_model_made_up_are_shown_not_hidden():

@@ -159,10 +159,13 @@ def test_bad_arguments_and_counts():
     assert num_params(VQVAE()) == 158_528
 
 
-def test_a_tokenizer_by_name_whose_encode_moves_nothing():
+def test_a_tokenizer_by_name_whose_encode_moves_nothing(tmp_path):
     vq = VQVAE.from_pretrained("dalle-vq")
     assert not vq.training and vq.config.codes == vq.quantizer.codes
     fresh, x = VQVAE(VQConfig(codes=8, channels=4, width=8)), torch.rand(4, 1, 3, 8, 8)*2 - 1      # in training mode
     book = fresh.quantizer.codebook.clone()
     assert torch.equal(fresh.encode(x), fresh.encode(x)) and torch.equal(fresh.quantizer.codebook, book) and fresh.quantizer.training
     with pytest.raises(core.UserError, match="expected the weights of a VQ"): VQVAE.from_pretrained("clip")
+    tensors, card = core.load(core.find_weights("dalle-vq"))
+    core.save(tmp_path/"small.safetensors", tensors, card | dict(vq=card["vq"] | dict(codes=7)))
+    with pytest.raises(core.UserError, match="small.safetensors does not fit its card"): VQVAE.from_pretrained(tmp_path/"small.safetensors")
