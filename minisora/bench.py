@@ -137,12 +137,12 @@ def shaken(model):
     return model
 
 # %% ../nbs/50_fast.ipynb #9f27d963
-def step_of(loss, opt, device, bf16=False):  # () -> scalar; an optimizer; autocast
-    "Forward, backward, optimizer: a function that returns the loss."
+def step_of(loss, opts, device, bf16=False):  # () -> scalar; optimizers; autocast
+    "Forward, backward, optimizers: a function that returns the loss."
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): value = loss()
         value.backward()
-        opt.step(); opt.zero_grad()
+        for opt in opts: opt.step(), opt.zero_grad()
         return value.detach()
     return step
 
@@ -183,7 +183,7 @@ def published_step(shape: dict, patch, batch, reps, device, bf16=False, whole=Fa
     if max(parity.values()) > 1e-4: raise RuntimeError(f"not the same network, so not to be timed: {parity}")
     for k, m in models.items():
         loss = lambda k=k: F.mse_loss(out(k).float(), noise)
-        opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0., fused=True)  # rate 0: the same work, and every call sees the same weights
+        opt = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0., fused=True)]  # rate 0: the same work, and every call sees the same weights
         step = step_of(loss, opt, device, bf16)
         calls[f"{k}, eager"] = eagerly(step)
         value = calls[f"{k}, eager"]().item()
@@ -194,18 +194,19 @@ def published_step(shape: dict, patch, batch, reps, device, bf16=False, whole=Fa
     return finish(calls, reps, device, flops, batch=batch, bf16=bf16, params=core.num_params(ours), parity=parity, compile_seconds=compiling)
 
 # %% ../nbs/50_fast.ipynb #9c652971
-def preset_step(name, batch, reps, device, bf16=False) -> dict:  # name: of weights that ship
-    "A training step of a preset's DiT on latents and captions of its kind: eager, compiled as `train.fit` does, products alone."
+def preset_step(name, batch, reps, device, compiled=2) -> dict:  # name: of weights that ship; compiled: how often, the second time from PyTorch's cache on disk, as in a run that is resumed
+    "A training step of a preset's DiT on latents and captions of its kind, by Muon and AdamW, in bf16 where the hardware has it: eager, compiled as `train.fit` does, products alone."
     torch.compiler.reset(); torch.manual_seed(0)
     model = Sora.from_pretrained(name, str(device)).train()
     s, world = {**SAMPLING, **model.card["sampling"]}, World(**model.card["scenes"])
     latents, eps = (torch.randn(batch, *model.vae.latent_shape(s["frames"], s["height"], s["width"]), device=device) for _ in "le")
     t, text = torch.rand(batch, device=device), model.ids(world.caption(world.sample(batch, core.generator(0)), "long"))
-    opt, loss = torch.optim.AdamW(model.dit.parameters(), lr=0., fused=True), lambda: model.loss(latents, eps, t, text)
-    calls = {"ours, eager": step_of(loss, opt, device, bf16)}
+    bf16 = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    opts, loss = optimizers(model.dit, Recipe(lr=1e-9)), lambda: model.loss(latents, eps, t, text)
+    calls = {"ours, eager": step_of(loss, opts, device, bf16)}
     calls["products alone"], flops = products_alone(calls["ours, eager"], device)
-    value, fast = calls["ours, eager"]().item(), step_of(torch.compile(loss, dynamic=False), opt, device, bf16)
-    took = [torch.compiler.reset() or enter(calls, "ours, compiled", fast, value) for _ in range(2)]  # the second time from PyTorch's cache on disk, as in a run that is resumed
+    value, fast = calls["ours, eager"]().item(), step_of(torch.compile(loss, dynamic=False), opts, device, bf16)
+    took = [torch.compiler.reset() or enter(calls, "ours, compiled", fast, value) for _ in range(compiled)]
     return finish(calls, reps, device, flops, batch=batch, bf16=bf16, params=core.num_params(model.dit), compile_seconds=took)
 
 # %% ../nbs/50_fast.ipynb #bab5302e
@@ -326,7 +327,7 @@ def draw(result: dict, panels):  # of `run`; six axes of matplotlib, as of `plot
     ms = lambda row, names: {label: {k: 1000 * v for k, v in row[key].items()} for key, label in names.items() if key in row}
     bars(panels[1], {k: ms(rows[k], dict(eager="eager", compiled="compiled", products="products (AdamW: memory) alone", fused="eager", memory="products (AdamW: memory) alone")) for k in ("MLP", "attention", "adaLN", "optimizer")},
          "Where the time goes", "ms a step")
-    bars(panels[2], {k: {n: v for n, v in r["products"].items() if n != "products alone"} for k, r in result["presets"].items()}, "Our presets, as they train", "time of a training step, products alone = 1")
+    bars(panels[2], {k: {n: v for n, v in r["products"].items() if n != "products alone"} for k, r in result["presets"].items()}, "Our presets, as they train (Muon + AdamW)", "time of a training step, products alone = 1")
     for sampler in dict.fromkeys(r["sampler"] for r in seen["points"]):
         mine = [r for r in seen["points"] if r["sampler"] == sampler]
         panels[3].errorbar([r["calls"] for r in mine], [100 * r["right"] for r in mine], [196 * (r["right"] * (1 - r["right"]) / seen["n"])**.5 for r in mine], marker="o", ms=4, capsize=2, label=sampler)
@@ -373,7 +374,7 @@ def run(
         bf16=lambda: "not with --quick" if quick else published_step(small, 4, 16, reps, device, bf16=True),
         gpu=lambda: {f"{k}/2": published_step(SIZES[k], 2, n // less, reps, device, bf16=True) for k, n in (("DiT-S", 256), ("DiT-B", 128), ("DiT-L", 64), ("DiT-XL", 32))} if cuda else "not measured",
         parts=lambda: parts(small, 4, 16 // less, reps, device, fast=not quick),
-        presets=lambda: {k: preset_step(k, n // less, reps, device) for k, n in (("t2v", 128), ("figure", 128))},
+        presets=lambda: {k: preset_step(k, n // less, reps, device, 1 if quick else 2) for k, n in (("t2v", 128), ("figure", 128), ("pairs", 64))[:1 if quick else None]},
         latency=lambda: latency(sora, reps, device), knee=lambda: knee(sora, 128 // less, points, say),
         decoding=lambda: decoding(dict(vocab=128, width=256, depth=5, heads=8), 16, 256 // less, (1, 32, 64) if quick else (1, *range(32, 257, 32)), reps, device),
         growth=lambda: growth([64 * 2**k for k in range(0, 7 if quick else 9)], 3, device))

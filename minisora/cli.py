@@ -174,6 +174,7 @@ def train_clip(
     device=None,
     resume=False,
     facts=None,      # dict for the card: data, world …
+    shard=False,     # see fit
 ):
     "CLIP on pictures and captions that are made once; writes `out`/model.safetensors and returns the CLIP."
     from dataclasses import replace
@@ -182,7 +183,7 @@ def train_clip(
     from minisora import core
     from minisora.clip import CLIP, CLIPConfig
     from minisora.text import Tokenizer
-    from minisora.train import fit
+    from minisora.train import fit, rank
     g, pictures, captions, near, words = core.generator(seed + 1), [], [], [], Tokenizer.from_texts(source.texts(seed))
     through, frames = hasattr(p, "through") and load_sora(p.through, core.device(device)), getattr(p, "frames", 1)
     @torch.no_grad()
@@ -217,8 +218,8 @@ def train_clip(
         if near is None: return out
         a, b = (low + torch.randint(n, (), generator=g).item() for low, n in ((3, 2), (5, 7)))
         return out | dict(near=near[i//p.captions][:, [0, 1, 2, a, b]].long())                    # the right one, two textures, a size, a shape
-    done = fit(model, model.loss, draw, replace(p.dit_recipe, seed=seed), Path(out)/"clip", resume, dict(facts or {}, seed=seed, clip=p.dit), name="clip")
-    model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
+    done = fit(model, model.loss, draw, replace(p.dit_recipe, seed=seed), Path(out)/"clip", resume, dict(facts or {}, seed=seed, clip=p.dit), name="clip", shard=shard)
+    if not rank()[0]: model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
     return model
 
 # %% ../nbs/60_cli.ipynb #12da11e1
@@ -277,14 +278,14 @@ def train_dalle(
 # %% ../nbs/60_cli.ipynb #3909165c
 def adjusted(
     p,  # what `preset` returns
-    steps=None, batch=None, lr=None, save_every=None, bf16=None,  # None: as the preset has it
+    steps=None, batch=None, lr=None, save_every=None, bf16=None, accumulate=None,  # None: as the preset has it
 ):
     "The preset with what the command line asks for; steps are the total of both stages."
     from dataclasses import replace
     a, b = (r.steps if r else 0 for r in (p.vae_recipe, p.dit_recipe))
     first = a if steps is None or not a else min(max(1, round(steps*a/(a + b))), steps - 1)
     def recipe(r, n):
-        given = {k: v for k, v in dict(lr=lr, save_every=save_every, bf16=bf16).items() if v is not None}
+        given = {k: v for k, v in dict(lr=lr, save_every=save_every, bf16=bf16, accumulate=accumulate).items() if v is not None}
         return replace(r, steps=n, warmup=min(r.warmup, n//4), log_every=min(r.log_every, max(1, n//4)), compile=r.compile and n >= 500, **given)
     p.vae_recipe, p.dit_recipe = a and recipe(p.vae_recipe, first), recipe(p.dit_recipe, b if steps is None else steps - first)
     p.batch, p.dit_batch = batch or p.batch, batch or p.dit_batch
@@ -506,11 +507,10 @@ def train(args):
     if not args.resume and (any(out.glob("*/step-*.json")) or any((out/name).exists() for name in ("model.safetensors", "index.html", "samples.webp", "page", "best"))): raise ValueError(f"{out} holds a run already: expected --resume, or another --out")
     check_place(out/"model.safetensors")
     if args.start not in (None, "none") and (kind := card_of(args.start).get("kind", "sora")) != "sora": raise ValueError(f"--start is {args.start}, which holds a {kind}: expected a model of clips, such as t2v")
-    if args.preset == "captioner": return train_captioner(args)
     if args.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1: raise ValueError("--shard splits a model over several devices: expected torchrun --nproc-per-node 2 (or more) -m minisora.cli train …")
     from minisora import core
     from minisora.train import ranks
-    with ranks(core.device(args.device)) as device: train_on(device, args, out)
+    with ranks(core.device(args.device)) as device: (train_captioner if args.preset == "captioner" else train_on)(device, args, out)
 
 def own_clips(args, p, out, device):                  # of `train`, what `preset` returns (changed in place), folder of the run, torch.device -> what is learned from, what is kept aside or None, a Sora to start from or None
     "The clips of a folder, told in a table, and a preset that suits them."
@@ -563,8 +563,8 @@ def train_on(device, args, out):                      # torch.device, of the com
     else:
         data, aside, start = own_clips(args, p, out, device)
         facts = dict(data="folder", clips=len(data)) | (dict(aside=len(aside)) if aside else {}) | (dict(start=start.card["sha256"]) if start else {})
-    p = adjusted(p, args.steps, args.batch, args.lr, args.save_every, args.bf16)
-    given = {k: getattr(args, k) for k in ("preset", "data", "aside", "start", "steps", "batch", "lr", "save_every", "seed")}
+    p = adjusted(p, args.steps, args.batch, args.lr, args.save_every, args.bf16, args.accumulate)
+    given = {k: getattr(args, k) for k in ("preset", "data", "aside", "start", "steps", "batch", "accumulate", "lr", "save_every", "seed")}
     if args.data != "world": given |= dict(data="FOLDER", aside=args.aside and "FOLDER")
     facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None),
                                 *{True: ["--bf16"], False: ["--no-bf16"]}.get(args.bf16, [])])
@@ -585,7 +585,7 @@ def train_on(device, args, out):                      # torch.device, of the com
     with only_here(None if me else out):
         if (out/"model.json").is_file(): model = load_sora(out, device)
         elif args.preset == "dalle": model = train_dalle(p, data, out, args.seed, device, args.resume, facts, look, shard=args.shard)
-        elif args.preset in CLIPS: model = train_clip(p, data, out, args.seed, device, args.resume, facts)
+        elif args.preset in CLIPS: model = train_clip(p, data, out, args.seed, device, args.resume, facts, args.shard)
         else: model = train_sora(p, data, out, args.seed, device, args.resume, facts, look, start.vae if start and not p.vae_recipe else None, start, args.shard, aside)
     seen = [l for l in read_log(out/"dit") if "aside" in l] if aside else []
     least = min(seen, key=lambda l: l["aside"], default=None)
@@ -656,21 +656,21 @@ def captioned(data, n, seed, frames):                 # world or a folder, clips
         texts += zip(*(world.paraphrase(scenes, g) if kind == "paraphrase" else world.caption(scenes, kind) for kind in SAID))
     return torch.cat(clips), texts, list(SAID)
 
-def train_captioner(args):
+def train_captioner(device, args, out):               # as train_on
     "Train the captioner, or go on with it: the steps of `train`, for this one model."
     from dataclasses import replace
     import torch
     from minisora import core
     from minisora.captioner import Captioner, CaptionerConfig, caption_loss, generate
     from minisora.text import Tokenizer
-    from minisora.train import fit, only_here
+    from minisora.train import fit, only_here, rank
     from minisora.world import VERSION, World
-    p, out, device = adjusted(preset("captioner"), args.steps, args.batch, args.lr, args.save_every, args.bf16), Path(args.out), core.device(args.device)
+    p, (me, n) = adjusted(preset("captioner"), args.steps, args.batch, args.lr, args.save_every, args.bf16, args.accumulate), rank()
     facts = dict(data="world", world=VERSION) if args.data == "world" else dict(data="folder")
-    given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "lr", "save_every", "seed")} | ({} if args.data == "world" else dict(data="FOLDER"))
+    given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "accumulate", "lr", "save_every", "seed")} | ({} if args.data == "world" else dict(data="FOLDER"))
     facts |= dict(seed=args.seed, command=" ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None), *{True: ["--bf16"], False: ["--no-bf16"]}.get(args.bf16, [])]))
     if (out/"model.json").is_file() and card_of(out).get("command") != facts["command"]: raise ValueError(f"{out} is a finished run of `{card_of(out).get('command')}`: expected the same, or another --out")
-    print(f"captioner: {PRESETS['captioner']}\ndata    {args.data}: {p.pool} clips, made or drawn once, batches of {p.batch}\n        {p.dit_recipe}\nrun     {out}, seed {args.seed}, on {device}", flush=True)
+    print(f"captioner: {PRESETS['captioner']}\ndata    {args.data}: {p.pool} clips, made or drawn once, batches of {p.batch}\n        {p.dit_recipe}\nrun     {out}, seed {args.seed}, on {device}" + f" and its like: {n} ranks, {'sharded' if args.shard else 'replicated'}"*(n > 1), flush=True)
     clips, texts, levels = captioned(args.data, min(p.pool, p.batch*p.dit_recipe.steps), args.seed + 1, CaptionerConfig(0).frames)
     words = Tokenizer.from_texts([t for row in texts for t in row])
     text = words.encode([t for row in texts for t in row])[0].view(len(clips), len(levels), -1).short()
@@ -684,8 +684,8 @@ def train_captioner(args):
     unseen = {name: (world, world.sample(96, core.generator(2**40))) for name, world in dict(images=World(frames=1), clips=World(), pairs=World(sprites=2, frames=1)).items()} if args.data == "world" else {}
     def look(_, model):                                   # an exact copy of the long caption; of two sprites either may be named first
         return {name: sum(a in (b, c) for a, b, c in zip(generate(model, world.render(s).to(device)), world.caption(s), world.caption(mirrored(s))))/len(s) for name, (world, s) in unseen.items()}
-    with only_here(out): done = fit(model, lambda **b: caption_loss(model, **b), draw, replace(p.dit_recipe, seed=args.seed), out/"captioner", args.resume, facts, look, name="captioner")
-    model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
+    with only_here(None if me else out): done = fit(model, lambda **b: caption_loss(model, **b), draw, replace(p.dit_recipe, seed=args.seed), out/"captioner", args.resume, facts, look, name="captioner", shard=args.shard)
+    if not me: model.save_pretrained(out, flops=done["flops"], steps=done["step"], compiled=done["compiled"])
     print(f"finished: {out/'model.safetensors'}; minisora caption FILE --weights {out} captions with it")
 
 def mirrored(scenes):                                 # two sprites in the other order, in other words: `a left of b` is `b right of a`
@@ -722,10 +722,10 @@ def spread(right):                                    # list over seeds of (n) b
     w = wilson(sum(r.sum().item() for r in right), sum(map(len, right)))
     return 100*w.rate, min(100*w.low, *each), max(100*w.high, *each)
 
-def variation(a, b, size, cells=4):                   # (n 2) both, pixels of the frame's side, cells on each side
-    "Total variation between two samples of places: 0 alike, 1 disjoint."
+def variation(a, b, size, cells=4, step=0):           # (n 2) both, pixels of the frame's side, cells on each side, pixels between the places of the world
+    "Total variation between two samples of places: 0 alike, 1 disjoint. Cells end between the places, or what is read a little off would fall into another."
     import torch
-    count = lambda x: torch.bincount((x*cells/size).long().clamp(0, cells - 1) @ torch.tensor([1, cells]), minlength=cells**2)/max(1, len(x))
+    count = lambda x: torch.bincount(((x + step/2)*cells/size).long().clamp(0, cells - 1) @ torch.tensor([1, cells]), minlength=cells**2)/max(1, len(x))
     return .5*(count(a) - count(b)).abs().sum().item()
 
 def evaluate(args):
@@ -751,10 +751,14 @@ def evaluate(args):
         table = {k: spread([g.by[k][g.asked[k]] for g in rows]) for k in rows[0].by} | {"all": spread([g.right for g in rows]), "all by chance": spread(chance)}
         if laws: table["physics"] = spread(laws)
         drawn, true, twin = (torch.cat(s) for s in starts)
-        result[split] = dict(rates=table, starts=variation(drawn, true, world.size), starts_floor=variation(twin, true, world.size))
+        g, apart = core.generator(args.seed), lambda a, b: variation(a, b, world.size, step=world.step or world.size/16)
+        again = lambda x: x[torch.randint(len(x), (len(x),), generator=g)]
+        far, near = apart(drawn, true), apart(twin, true)
+        half = 1.96*torch.tensor([apart(again(drawn), t := again(true)) - apart(again(twin), t) for _ in range(200)]).std().item()    # bootstrap
+        result[split] = dict(rates=table, starts=far, starts_floor=near, starts_over=[far - near, far - near - half, far - near + half])
         print(f"{args.weights}: {args.seeds} x {args.n} {'held-out' if split == 'heldout' else 'unseen'} prompts of level {args.level}{', told in full'*bool(model.detail)}{told}, percent right [95%]")
         for k, (rate, low, high) in table.items(): print(f"  {k:14}{rate:6.1f}  [{low:5.1f}, {high:5.1f}]")
-        print(f"  {'starts':14}{result[split]['starts']:6.2f}  total variation from the world's; the world from itself {result[split]['starts_floor']:.2f}", flush=True)
+        print(f"  {'starts':14}{far:6.2f}  total variation from the world's; the world from itself {near:.2f}; apart by {far - near:.2f} [{far - near - half:.2f}, {far - near + half:.2f}]", flush=True)
     found = dict(weights=args.weights, level=args.level, detail=bool(model.detail), best_of=many, n=args.n, seeds=args.seeds, world=VERSION, splits=result) | {k: v for k, v in dict(steps=args.steps, cfg_scale=args.cfg_scale).items() if v is not None}
     if args.record: to_ledger(found)
     if args.json: core.write_atomic(args.json, json.dumps(found, indent=1) + "\n")
@@ -774,6 +778,10 @@ def to_ledger(found):                                 # what `eval --json` write
             core.record(claim=17, metric=f"{what}, {'held-out' if split == 'heldout' else 'unseen'} {found['level']} prompts{how} (%)", value=rate, ci=tuple(ci),
                         kind=f"{k}: "*(k == least) + "graded proportion over prompts and sampling seeds; one training", n=n, seeds=found["seeds"], floor=part["rates"]["all by chance"][0] if k == "all" else None,
                         notebook="41_sora", world=found["world"], verdict="holds" if ci[0] >= goal else "holds in part" if rate >= goal/2 else "not at this scale")
+        if "starts_over" not in part: continue
+        value, *ci = (100*x for x in part["starts_over"])
+        core.record(claim=17, metric=f"clips that start elsewhere than the world's (total variation, over that of as many true clips), {'held-out' if split == 'heldout' else 'unseen'} {found['level']} prompts{how} (%)", value=value, ci=tuple(ci),
+                    kind="bootstrap over clips; one training", n=n, seeds=found["seeds"], baseline=100*part["starts_floor"], floor=0., notebook="41_sora", world=found["world"], verdict="holds" if ci[1] < 5 else "holds in part" if value < 10 else "not at this scale")
 
 # %% ../nbs/60_cli.ipynb #a8325652
 PAGE = Template("""<!DOCTYPE html>
@@ -989,6 +997,7 @@ def parser():
     add("--out", required=True, help="folder of the run")
     add("--steps", type=number(int, 2, 2**31, "a whole number from 2"), help="of both stages together (default: the preset's)")
     add("--batch", type=number(int, 1, 2**16, "a whole number from 1 to 65536"), help="clips per step (default: the preset's)")
+    add("--accumulate", type=count, metavar="N", help="batches per step, one after another: N times the clips in the memory of one batch (default: 1)")
     add("--lr", type=number(float, 1e-9, 10, "a number above 0"), help="learning rate (default: the preset's)")
     add("--save-every", type=count, help="steps between checkpoints (default: the preset's)")
     add("--seed", type=seed, default=0, help="of all that is drawn at random (default: 0)")

@@ -214,7 +214,7 @@ def record(
     seeds: int | list | None = None,  # which seeds, or how many
     baseline: float | None = None,  # the honest alternative, measured in the same way
     floor: float | None = None,  # the best possible, or chance
-    world: str | None = None,  # version of the sprite world
+    world: str | None = None,  # version of the sprite world; None: the one of this package
     folder=None,  # where the ledger is; None takes `results() / "ledger"`
 ) -> dict:  # the record, also where nothing is written
     "Write one measurement to the ledger (not at test scale)."
@@ -225,7 +225,7 @@ def record(
     entry = {k: _rounded(v) for k, v in dict(
         claim=int(claim), metric=metric, value=value, ci=ci, kind=kind, n=n, seeds=seeds, baseline=baseline, floor=floor,
         verdict=verdict, scale=scale(), device=torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
-        notebook=notebook, world=world, date=datetime.now(timezone.utc).date().isoformat()).items()}
+        notebook=notebook, world=world or WORLD, date=datetime.now(timezone.utc).date().isoformat()).items()}
     if scale() == "test": return entry
     slug = re.sub(r"[^a-z0-9]+", "-", metric.lower()).strip("-")
     path = Path(folder or results() / "ledger") / f"{entry['claim']:02d}-{slug}.json"

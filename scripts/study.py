@@ -35,7 +35,7 @@ from minisora.world import COLORS, LEVELS, SHAPES, VERSION, World, grade, read
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _bf16(): return core.device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # in hardware; elsewhere float32
+def _bf16(): return core.device().type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # in hardware; elsewhere float32
 
 
 # --- latents (claim 17, chapter 40): the same DiT on a VAE's latents and on raw patches, at equal training FLOPs
