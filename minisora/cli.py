@@ -52,13 +52,13 @@ def preset(
         return N(world=dict(frames=1), vae=None, dit=dict(), batch=0, dit_batch=256, pool=48_000, captions=6, vae_recipe=None, dit_recipe=Recipe(steps=2400, muon=4., ema=.99, save_every=100),
                  levels=dict(paraphrase=.4, long=.3, short=.1, medium=.08, full=.06, pixels=.06))
     if name == "judge":  # as clip, but what it will judge is blurred, between pixels, and moves
-        return N(world=dict(), vae=None, dit=dict(), batch=0, dit_batch=256, pool=12_000, captions=6, through="t2v", frames=4, vae_recipe=None, dit_recipe=Recipe(steps=3600, muon=4., ema=.99, save_every=100),
+        return N(world=dict(), vae=None, dit=dict(), batch=0, dit_batch=256, pool=12_000, captions=6, through="t2v", best_of=8, frames=4, vae_recipe=None, dit_recipe=Recipe(steps=5400, muon=4., ema=.99, save_every=100),
                  levels=dict(paraphrase=.35, long=.45, medium=.1, short=.1))
     if name == "figure":  # no VAE; all scenes with each of these captions; what says nothing is learned last; times by log-snr, and the loss is bits
         from dataclasses import asdict
         from minisora.world import World
         return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=4, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
-                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=133_000, muon=4., save_every=1000),
+                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=163_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
         return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=120_000, vae_recipe=None, dit_recipe=Recipe(steps=10_000, muon=4., ema=.999, save_every=500))
@@ -76,7 +76,7 @@ def preset(
                  batch=0, dit_batch=64, pool=80_000, captions=4, vae_recipe=None, dit_recipe=Recipe(steps=1800, muon=4., save_every=150),
                  sampling=dict(cfg_scale=2., temperature=.25))
     return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
-             batch=64, dit_batch=128, pool=120_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=17_000, muon=4., save_every=1000),
+             batch=64, dit_batch=128, pool=120_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=29_000, muon=4., save_every=1000),
              shift=2.5, rate=.01, sampling=dict(cfg_scale=2., steps=16))
 
 # %% ../nbs/60_cli.ipynb #54f5c69e
@@ -555,6 +555,10 @@ def train_on(device, args, out):                      # torch.device, of the com
     from minisora.world import VERSION, World
     p, aside, start = preset(args.preset), None, None
     if p.pool is None and args.data != "world": raise ValueError(f"--data is {args.data}, but {args.preset} learns all scenes of a world that can be listed: expected world")
+    if args.through:
+        if not hasattr(p, "through"): raise ValueError(f"--through is for a model that learns to judge another: expected preset judge, got {args.preset}")
+        if (kind := card_of(args.through).get("kind")) != "sora": raise ValueError(f"--through is {args.through}, which holds {kind}: expected a model of clips")
+        p.through = args.through
     if hasattr(p, "through") and args.data != "world": raise ValueError(f"--data is {args.data}, but {args.preset} learns to judge {p.through}, which draws the world: expected world")
     world, names = World(**p.world), getattr(p, "names", ("VAE", "DiT"))
     if args.data == "world":
@@ -564,7 +568,7 @@ def train_on(device, args, out):                      # torch.device, of the com
         data, aside, start = own_clips(args, p, out, device)
         facts = dict(data="folder", clips=len(data)) | (dict(aside=len(aside)) if aside else {}) | (dict(start=start.card["sha256"]) if start else {})
     p = adjusted(p, args.steps, args.batch, args.lr, args.save_every, args.bf16, args.accumulate)
-    given = {k: getattr(args, k) for k in ("preset", "data", "aside", "start", "steps", "batch", "accumulate", "lr", "save_every", "seed")}
+    given = {k: getattr(args, k) for k in ("preset", "data", "aside", "start", "steps", "batch", "accumulate", "lr", "save_every", "seed")} | (dict(through="MODEL") if args.through else {})
     if args.data != "world": given |= dict(data="FOLDER", aside=args.aside and "FOLDER")
     facts["command"] = " ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None),
                                 *{True: ["--bf16"], False: ["--no-bf16"]}.get(args.bf16, [])])
@@ -587,6 +591,11 @@ def train_on(device, args, out):                      # torch.device, of the com
         elif args.preset == "dalle": model = train_dalle(p, data, out, args.seed, device, args.resume, facts, look, shard=args.shard)
         elif args.preset in CLIPS: model = train_clip(p, data, out, args.seed, device, args.resume, facts, args.shard)
         else: model = train_sora(p, data, out, args.seed, device, args.resume, facts, look, start.vae if start and not p.vae_recipe else None, start, args.shard, aside)
+    if args.through and not me and Path(args.through).is_dir():                            # a model of one's own: beside its weights
+        judged = load_sora(args.through, "cpu")
+        judged.judge, judged.card["sampling"] = model.cpu(), {**judged.card["sampling"], "best_of": p.best_of}
+        judged.save_pretrained(args.through)
+        print(f"{args.through} draws {p.best_of} clips for a prompt from now on, and keeps the one that this judge likes best")
     seen = [l for l in read_log(out/"dit") if "aside" in l] if aside else []
     least = min(seen, key=lambda l: l["aside"], default=None)
     verdict = seen and (f"loss on {len(aside)} clips kept aside: {seen[0]['aside']:.4f} at step {seen[0]['step']}, lowest {least['aside']:.4f} at step {least['step']}, {seen[-1]['aside']:.4f} at the end"
@@ -994,6 +1003,7 @@ def parser():
     add("--data", default="world", help="world, or a folder of clips and captions")
     add("--start", metavar="WEIGHTS", help="for a folder: shipped name, run folder or .safetensors file to go on from, or none (default: t2v for preset t2v, else none)")
     add("--aside", metavar="FOLDER", help="for a folder: clips that are never trained on, by which learning is told from learning by heart (default: a tenth of --data, from 20 clips on)")
+    add("--through", metavar="MODEL", help="for preset judge: whose clips it will judge (default: t2v); a run folder gets the judge beside its weights, and draws the best of several from then on")
     add("--out", required=True, help="folder of the run")
     add("--steps", type=number(int, 2, 2**31, "a whole number from 2"), help="of both stages together (default: the preset's)")
     add("--batch", type=number(int, 1, 2**16, "a whole number from 1 to 65536"), help="clips per step (default: the preset's)")

@@ -13,18 +13,18 @@ from pathlib import Path
 
 from minisora import core
 from minisora.captioner import Captioner
-from minisora.cli import load_sora
+from minisora.cli import load_sora, preset
 from minisora.clip import CLIP
 from minisora.sora import Sora
 from minisora.train import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-BEST_OF = 8  # clips that a model with a judge draws for a prompt
 
 GRADES = {  # weights: how the records of the ledger begin that grade them
     "t2v": ("17-all-attributes-right-unseen", "17-all-attributes-right-held-out", "17-clips-that-obey", "17-least-right"), "t2v-judge": ("17-all-attributes-right-best-of-8",),
     "pairs": ("10-swapped-colors-of-two-sprites-told-apart-pairings", "10-swapped-shapes"), "figure": ("12-i-x-caption-by-i-mmse-trained-denoiser-caption", "12-excess"),
-    "clip": ("08-zero-shot-by-clip", "07-retrieval"), "captioner": ("09-f1", "09-zero-shot"), "dalle": ("01-one-sprite", "03-top-half"), "dalle-vq": ("01-all-right-after-the-codes",)}
+    "clip": ("08-zero-shot-by-clip", "07-retrieval"), "captioner": ("09-f1", "09-zero-shot"), "dalle": ("01-one-sprite", "03-top-half"), "dalle-vq": ("01-all-right-after-the-codes",),
+    "t2v-vae": ("17-all-attributes-right-after-the-vae",), "pairs-vae": ()}
 
 
 def grades(folder=ROOT / "minisora/weights"):
@@ -33,7 +33,9 @@ def grades(folder=ROOT / "minisora/weights"):
         path = folder / f"{name}.json"
         records = [r for f in sorted((ROOT / "minisora/results/ledger").glob("*.json")) if f.stem.startswith(begins) for r in [json.loads(f.read_text(encoding="utf-8"))]]
         card = json.loads(path.read_text(encoding="utf-8")) | dict(grades={r["metric"]: [r["value"], *r["ci"]] for r in records})
-        if name.endswith("-vq"): card |= {k: json.loads((folder / f"{name.removesuffix('-vq')}.json").read_text(encoding="utf-8"))[k] for k in ("data", "command", "device")}
+        if name.endswith(("-vq", "-vae")):            # a stage of another's training
+            whole, part = json.loads((folder / f"{name.rpartition('-')[0]}.json").read_text(encoding="utf-8")), name.rpartition("-")[2]
+            card |= {k: whole[k] for k in ("data", "command", "device")} | {k: whole[k][part] for k in ("flops", "steps", "minutes") if part in (whole.get(k) if isinstance(whole.get(k), dict) else ())}
         core.write_atomic(path, json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -62,7 +64,7 @@ def main(run, name, device):
     core.write_atomic(table, json.dumps(about) + "\n")
     if name.endswith("-judge"):
         sora = Sora.from_pretrained(name.removesuffix("-judge"))
-        sora.judge, sora.card["sampling"] = model, {**sora.card["sampling"], "best_of": BEST_OF}
+        sora.judge, sora.card["sampling"] = model, {**sora.card["sampling"], "best_of": preset("judge").best_of}
         sora.save_pretrained(ROOT / f"minisora/weights/{name.removesuffix('-judge')}.safetensors", half=True)
     print({k: total[k] for k in ("steps", "minutes")}, f"{sum(total['flops'].values()) / 1e12:.0f} TFLOP")
 

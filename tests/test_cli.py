@@ -381,7 +381,7 @@ def test_mistakes_of_train(says, folder, tmp_path):
 
 # --- a judge
 
-def test_judge_learns_from_what_it_will_judge(tmp_path, capsys, says, folder, monkeypatch):
+def test_judge_learns_from_what_it_will_judge(tmp_path, capsys, says, folder, run, monkeypatch):
     "Frames of clips, half of them as t2v draws them, and captions that are wrong in one thing."
     from minisora import train
     seen, fit = [], train.fit
@@ -398,6 +398,14 @@ def test_judge_learns_from_what_it_will_judge(tmp_path, capsys, says, folder, mo
             assert {k for k in own if own[k] != other.get(k)} | {k for k in other if k != "unknown" and other[k] != own.get(k)} == {attribute}
     assert "rank PROMPT FILE" in capsys.readouterr().out
     says("train", "--preset", "judge", "--data", folder, "--out", tmp_path / "no", words="judge learns to judge t2v, which draws the world: expected world")
+    says("train", "--preset", "clip", "--through", "t2v", "--out", tmp_path / "no", words="--through is for a model that learns to judge")
+    says("train", "--preset", "judge", "--through", "clip", "--out", tmp_path / "no", words="which holds clip: expected a model of clips")
+    shutil.copytree(run, tmp_path / "mine")
+    before = (tmp_path / "mine" / "model.safetensors").read_bytes()
+    ok("train", "--preset", "judge", "--steps", 2, "--batch", 4, "--accumulate", 2, "--through", tmp_path / "mine", "--out", tmp_path / "j", "--device", "cpu")
+    assert "draws 8 clips for a prompt" in capsys.readouterr().out and (tmp_path / "mine" / "model.safetensors").read_bytes() == before
+    mine = cli.load_sora(tmp_path / "mine", "cpu")
+    assert mine.card["sampling"]["best_of"] == 8 and mine.judge is not None and str(tmp_path) not in json.dumps(mine.judge.card) and "--accumulate 2" in mine.judge.card["command"]
 
 
 # --- ranking
@@ -444,7 +452,7 @@ def test_eval(run, tmp_path, capsys, monkeypatch):
         assert rates["all"][0] <= min(rates[k][0] for k in ("shape", "color", "motion")) + 1e-6
     assert "2 x 6 unseen prompts of level long" in out and "held-out" in out and "total variation" in out
     records = core.ledger(tmp_path / "results" / "ledger")
-    assert len(records) == 6 and len({r["metric"] for r in records}) == 6 and all(r["metric"].endswith(f", weights {run.name}, steps 2 (%)") for r in records)   # never under the name of t2v's
+    assert len(records) == 8 and len({r["metric"] for r in records}) == 8 and all(r["metric"].endswith(f", weights {run.name}, steps 2 (%)") for r in records)   # never under the name of t2v's
     least = {k: min(rates[k][0] for k in world.NAMED["long"] if k != "relation") for k, rates in ((k, v["rates"]) for k, v in result["splits"].items())}
     assert sorted(r["value"] for r in records if r["metric"].startswith("least right")) == pytest.approx(sorted(least.values()), abs=1e-3)
     assert {r["claim"] for r in records} == {17} and all(r["notebook"] == "41_sora" and r["n"] == 12 and r["world"] == world.VERSION for r in records)
@@ -473,6 +481,8 @@ def test_intervals_hold_every_seed():
     a = torch.rand(4000, 2, generator=core.generator(0)) * 32
     assert cli.variation(a, a, 32) == 0 and cli.variation(a, a.flip(0), 32) == 0 and cli.variation(a / 4, a / 4 + 24, 32) == 1
     assert .3 < cli.variation(a, torch.full_like(a, 3.), 32) <= 1
+    on_a_grid = (a / 2).floor() * 2                               # what is read a little off stays in its cell
+    assert cli.variation(on_a_grid + .8 * (torch.rand(a.shape, generator=core.generator(1)) - .5), on_a_grid, 32, step=2) == 0
 
 
 def test_ledger(capsys, tmp_path, monkeypatch):
