@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from . import core
 from .text import Tokenizer
+from .train import over_ranks
 from .transformer import Block, KVCache
 
 # %% ../nbs/21_captioner.ipynb #2141bb11
@@ -156,8 +157,8 @@ def caption_loss(
     model,  # a Captioner
     clips, text, level, parallel=None,  # as in `forward`
 ):  # nats a word, the end counted as one
-    "-log p of a caption, as a mean over all words of the batch."
-    return nats(model(clips, text, level, parallel), text).sum()/((text > 0).sum() + len(text))
+    "-log p of a caption, as a mean over all words of the batch (under torchrun, of the batches of all ranks)."
+    return nats(model(clips, text, level, parallel), text).sum()/over_ranks([(text > 0).sum() + len(text)], text.device)[0]
 
 # %% ../nbs/21_captioner.ipynb #21ca1cd3
 def numbered(
