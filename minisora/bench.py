@@ -253,7 +253,7 @@ def latency(model, reps, device) -> dict:  # a Sora
     return {k: middle(v) for k, v in race({k: lambda n=n, kw=kw: model.generate(prompts[:n], seed=0, **kw) for k, n, kw in (("1", 1, {}), ("16", 16, {}), ("1, drawn once", 1, dict(best_of=1)))}, reps, device).items()}
 
 def knee(model, n, points: dict, say=print) -> dict:  # n prompts, with the same noise at every point; points: sampler → numbers of steps
-    "Clips that are right in all, by sampler and calls of the network; the knee is the cheapest point from which on its sampler is never clearly worse than the best."
+    "Clips that are right in all, by sampler and calls of the network; the knee is the cheapest point from which on its sampler is never clearly worse than the best, up to as many calls as that one has."
     world, right, rows = World(**model.card["scenes"]), {}, []
     scenes = world.sample(n, core.generator(2))
     captions = world.caption(scenes)
@@ -266,7 +266,7 @@ def knee(model, n, points: dict, say=print) -> dict:  # n prompts, with the same
     for r in rows:
         lost = right[best["sampler"], best["steps"]] - right[r["sampler"], r["steps"]]
         r["lost"], r["error"] = round(lost.mean().item(), 4), round(1.96 * lost.std().item() / n**.5, 4)  # paired: same prompts, same noise
-    kin = lambda r, q: (r["sampler"] == "heun") == (q["sampler"] == "heun") and q["calls"] >= r["calls"]  # DDIM without fresh noise is Euler's method
+    kin = lambda r, q: (r["sampler"] == "heun") == (q["sampler"] == "heun") and r["calls"] <= q["calls"] <= max(r["calls"], best["calls"])  # DDIM without fresh noise is Euler's method
     safe = [r for r in rows if all(q["lost"] <= q["error"] for q in rows if kin(r, q))]
     return dict(n=n, points=rows, best=best, knee=min(safe, key=lambda r: r["calls"]), default=model.card["sampling"]["steps"])
 
@@ -363,7 +363,7 @@ def run(
     cuda, reps, less = device.type == "cuda", 3 if quick else 7, 4 if quick else 1
     result = dict(quick=quick, reps=reps, date=datetime.now(timezone.utc).date().isoformat(), machine=machine(device), minutes={})
     sora, small = Sora.from_pretrained("t2v", str(device)), SIZES["DiT-S"]
-    points = dict(euler=(4, 8, 16), heun=(4, 8), ddim=(8,)) if quick else dict(euler=(4, 6, 8, 12, 16, 24, 50), heun=(2, 3, 4, 6, 8, 12, 25), ddim=(8, 16))
+    points = dict(euler=(4, 8, 16), heun=(4, 8), ddim=(8,)) if quick else dict(euler=(4, 6, 8, 12, 16, 24, 32, 50), heun=(2, 3, 4, 6, 8, 12, 16, 25), ddim=(4, 16, 50))
     def peak():
         n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
         a, b = torch.randn(2, n, n, device=device).to(dtype)
@@ -375,7 +375,7 @@ def run(
         gpu=lambda: {f"{k}/2": published_step(SIZES[k], 2, n // less, reps, device, bf16=True) for k, n in (("DiT-S", 256), ("DiT-B", 128), ("DiT-L", 64), ("DiT-XL", 32))} if cuda else "not measured",
         parts=lambda: parts(small, 4, 16 // less, reps, device, fast=not quick),
         presets=lambda: {k: preset_step(k, n // less, reps, device, 1 if quick else 2) for k, n in (("t2v", 128), ("figure", 128), ("pairs", 64))[:1 if quick else None]},
-        latency=lambda: latency(sora, reps, device), knee=lambda: knee(sora, 384 // less, points, say),
+        latency=lambda: latency(sora, reps, device), knee=lambda: knee(sora, 128 // less, points, say),
         decoding=lambda: decoding(dict(vocab=128, width=256, depth=5, heads=8), 16, 256 // less, (1, 32, 64) if quick else (1, *range(32, 257, 32)), reps, device),
         growth=lambda: growth([64 * 2**k for k in range(0, 7 if quick else 9)], 3, device))
     if wrong := set(only) - set(work): raise core.UserError(f"no part is called {', '.join(sorted(wrong))}: expected some of {', '.join(work)}")

@@ -77,7 +77,7 @@ def preset(
                  sampling=dict(cfg_scale=2., temperature=.25))
     return N(world=dict(), vae=dict(), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),  # 12 wide tokens, not 48: three times the clips per FLOP
              batch=64, dit_batch=128, pool=120_000, captions=6, vae_recipe=Recipe(steps=4000, save_every=250), dit_recipe=Recipe(steps=29_000, muon=4., save_every=1000),
-             shift=2.5, rate=.01, sampling=dict(cfg_scale=2., steps=16))
+             shift=2.5, rate=.01, sampling=dict(cfg_scale=2., steps=6))
 
 # %% ../nbs/60_cli.ipynb #54f5c69e
 LEVELS = dict(pixels=.65, full=.04, long=.10, paraphrase=.07, medium=.03, short=.03, none=.08)   # how often a caption of the world is of which kind: what says all teaches fastest, also for prompts that say less

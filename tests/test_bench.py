@@ -142,7 +142,7 @@ def test_memory_grows_linearly_but_for_scores():
 
 
 def test_knee_is_the_cheapest_point_not_clearly_worse(monkeypatch):
-    right = {1: .1, 4: .4, 7: .9, 16: .9}                                         # of the clips, by steps: the first ones
+    right = {1: .1, 4: .4, 7: .9, 16: .9, 50: .5}                                         # of the clips, by steps: the first ones
     def generate(prompts, seed, sampler, steps, best_of):
         assert best_of == 1 and len(prompts) in (64, 16) and seed == 10_000 + (len(prompts) == 16) * 64
         return torch.full((len(prompts), 1), float(steps))
@@ -153,6 +153,7 @@ def test_knee_is_the_cheapest_point_not_clearly_worse(monkeypatch):
     assert rates == {("euler", 1): .1, ("euler", 4): .4, ("euler", 7): .9, ("euler", 16): .9, ("heun", 4): .4} and r["default"] == 8
     assert (r["knee"]["sampler"], r["knee"]["calls"]) == ("euler", 7) and next(p for p in r["points"] if p["sampler"] == "heun")["calls"] == 7
     assert knee(model, 80, dict(euler=(7, 4, 1), heun=(1,)), say=lambda text: None)["knee"]["steps"] == 7
+    assert knee(model, 80, dict(euler=(7, 50), heun=(1,)), say=lambda text: None)["knee"]["steps"] == 7      # more steps may be worse
     lost = r["points"][1]
     assert lost["lost"] == .5 and abs(lost["error"] - 1.96 * (.25 / 79)**.5) < 1e-3  # of the paired differences: half are 1, half 0
 
