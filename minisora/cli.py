@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CLIPS', 'LEVELS', 'TOLD', 'KNOWN', 'FORMATS', 'SAMPLER_NAMES', 'LONGEST', 'LARGEST', 'SAID', 'PAGE',
-           'WORDING', 'DEMO', 'BENCH_PARTS', 'preset', 'train_sora', 'train_clip', 'train_dalle', 'adjusted', 'tile',
-           'draw', 'watch', 'plain', 'say', 'Parser', 'number', 'device_name', 'check_place', 'place', 'card_of',
-           'check_card', 'load_sora', 'targets', 'sample', 'train', 'own_clips', 'train_on', 'some_file', 'inside',
-           'rank', 'captioned', 'train_captioner', 'mirrored', 'caption', 'spread', 'variation', 'evaluate',
+           'WORDING', 'DEMO', 'BENCH_PARTS', 'preset', 'few', 'train_sora', 'train_clip', 'train_dalle', 'adjusted',
+           'tile', 'draw', 'watch', 'plain', 'say', 'Parser', 'number', 'device_name', 'check_place', 'place',
+           'card_of', 'check_card', 'load_sora', 'targets', 'sample', 'train', 'own_clips', 'train_on', 'some_file',
+           'inside', 'rank', 'captioned', 'train_captioner', 'mirrored', 'caption', 'spread', 'variation', 'evaluate',
            'to_ledger', 'cards', 'notes', 'curve', 'demo', 'page', 'bench', 'ledger', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #f6518086
 import argparse, html, itertools, json, math, os, re, signal, sys, threading, warnings
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -22,7 +23,7 @@ PRESETS = dict(
     tiny="seconds, for tests: nothing to look at",
     demo="two minutes on a small folder of clips, which it learns by heart",
     t2v="one sprite, 17 frames of 32x32, every attribute named: the model that ships",
-    quick="what t2v becomes within 100 TFLOP, VAE included: 22 minutes of one shared core",
+    quick="what t2v becomes within 100 TFLOP, VAE included (3 more, to encode its clips, not counted): 22 minutes of one shared core",
     pairs="two sprites with a relation, images of 32x32: whose color is whose",
     dalle="one sprite, images of 32x32, token by token: the language model of chapter 12",
     figure="the tiny world's images, every length of caption, in pixels: the model of chapter 33",
@@ -85,6 +86,11 @@ TOLD = "loss {own:.4f} on clips it learns from, {aside:.4f} on clips kept aside;
 KNOWN = .07                                           # clips of one's own that a VAE draws within this share of a pixel's range are like those it learned: letters are 6 to 7% off in t2v's, photographs 18%
 
 # %% ../nbs/60_cli.ipynb #3770da23
+def few(ids, n):                                      # whole numbers below n
+    "The same in as few bytes as hold them."
+    import torch
+    return ids.to(torch.short if n < 2**15 else torch.int)
+
 def train_sora(
     p,               # what `preset` returns
     source,          # .batch(generator, n, captions=k) -> clips and captions, .texts(seed): data.WorldClips or data.Folder
@@ -143,7 +149,7 @@ def train_sora(
         captions += batch["captions"]
     z = torch.cat(z)
     ids, _ = model.tokenizer.encode([c for row in captions for c in row])
-    ids = ids.view(len(z), -1, ids.shape[1]).to(torch.short if words.vocab_size < 2**15 else torch.int)              # clips, captions, tokens
+    ids = few(ids.view(len(z), -1, ids.shape[1]), words.vocab_size)              # clips, captions, tokens
     def latents(g):
         i, k = torch.randint(len(z), (p.dit_batch,), generator=g), torch.randint(ids.shape[1], (p.dit_batch,), generator=g)
         t = times(p.dit_batch, g, dense=.75) if pixels else flow.sample_times(p.dit_batch, p.shift, g)
@@ -203,8 +209,8 @@ def train_clip(
     pictures = torch.cat(pictures)
     ids = words.encode(captions)[0]                               # p.captions rows for each picture
     said = torch.zeros(len(ids), words.vocab_size, dtype=torch.bool).scatter_(1, ids, True)[:, 1:]    # which words, whatever their order
-    ids = ids.short()
-    near = words.encode([c for row in near for c in row])[0].view(len(near), 12, -1).short() if near else None
+    ids = few(ids, words.vocab_size)
+    near = few(words.encode([c for row in near for c in row])[0].view(len(near), 12, -1), words.vocab_size) if near else None
     torch.manual_seed(seed)                                       # the network's first values
     config = CLIPConfig(words.vocab_size, **{**p.dit, "length": max(32, ids.shape[1])})
     model = CLIP(config, words, dict(facts or {}, seed=seed)).to(core.device(device))
@@ -266,7 +272,7 @@ def train_dalle(
     for i in tqdm(range(0, p.pool, 400), desc="codes", unit="batch", leave=False):
         batch = source.batch(g, min(400, p.pool - i), captions=p.captions)
         codes.append(model.tokens(batch["clips"].to(device)).cpu().short())
-        ids.append(model.ids([c for row in batch["captions"] for c in row]).view(len(codes[-1]), p.captions, -1).cpu().short())
+        ids.append(few(model.ids([c for row in batch["captions"] for c in row]).view(len(codes[-1]), p.captions, -1).cpu(), model.codes))
     codes, ids = torch.cat(codes), torch.cat(ids)
     def pairs(g):
         i, k = torch.randint(len(codes), (p.dit_batch,), generator=g), torch.randint(p.captions, (p.dit_batch,), generator=g)
@@ -459,6 +465,7 @@ def targets(args, prompts):                           # of `sample` -> list of P
     there = next((f for f in files if f.exists()), None)
     if there and not args.force: raise ValueError(f"{there} exists: expected --force, or another --out")
     check_place(files[0])
+    if files[0].suffix.lower() == ".mp4" and not find_spec("av"): raise ValueError(f"cannot write {files[0]}: .mp4 needs PyAV: pip install 'minisora[video]'")
     return files
 
 def sample(args):
@@ -522,18 +529,18 @@ def own_clips(args, p, out, device):                  # of `train`, what `preset
     from minisora.world import World
     world, bar = World(**p.world), lambda clips: tqdm(clips, desc="reading", unit="clip", leave=False)
     read = lambda path: Folder(path, world.frames, world.size, unsaid=LEVELS["none"], silent=args.preset not in CLIPS, kept=out/"clips").decode(bar)
+    name, known = args.start or ("t2v" if args.preset == "t2v" else "none"), True
+    start = None if name == "none" else load_sora(name, device, as_is=True)
+    shape = start and {**SAMPLING, **start.card.get("sampling", {})}
+    if start and (shape["frames"], shape["height"], shape["width"]) != (world.frames, world.size, world.size):
+        raise ValueError(f"--start is {name}, which draws {shape['frames']} frames of {shape['height']}x{shape['width']}: expected {world.frames} of {world.size}x{world.size}")
     data = read(args.data)
     print(data.table())
     aside = read(args.aside) if args.aside else data.keep_aside(.1) if len(data) >= 20 else None
     for name, clips in dict(data=data, aside=aside).items() if aside else ():
         if len(clips) < 2: raise ValueError(f"--{name} holds {len(clips)} clip: expected 2 at least, to compare with")
     p.pool = len(data) if args.preset not in ("dalle", *CLIPS) else min(p.pool, 8*len(data))
-    name, known = args.start or ("t2v" if args.preset == "t2v" else "none"), True
-    start = None if name == "none" else load_sora(name, device, as_is=True)
     if start:
-        shape = {**SAMPLING, **start.card.get("sampling", {})}
-        if (shape["frames"], shape["height"], shape["width"]) != (world.frames, world.size, world.size):
-            raise ValueError(f"--start is {name}, which draws {shape['frames']} frames of {shape['height']}x{shape['width']}: expected {world.frames} of {world.size}x{world.size}")
         p.vae, p.dit = asdict(start.vae.config), asdict(start.dit.config)
         with torch.no_grad(): off = (start.clips(start.latents(x := data.clips().to(device))) - x).square().mean().sqrt().item()/2
         new, known = {w for text in data.texts() for w in start.tokenizer.unknown(text)}, off <= KNOWN
@@ -566,7 +573,7 @@ def train_on(device, args, out):                      # torch.device, of the com
         facts = dict(data="world", world=VERSION, scenes=p.world, captions=[*data.levels] if p.pool else [])
     else:
         data, aside, start = own_clips(args, p, out, device)
-        facts = dict(data="folder", clips=len(data)) | (dict(aside=len(aside)) if aside else {}) | (dict(start=start.card["sha256"]) if start else {})
+        facts = dict(data="folder", clips=len(data), digest=data.digest()) | (dict(aside=len(aside)) if aside else {}) | (dict(start=start.card["sha256"]) if start else {})
     p = adjusted(p, args.steps, args.batch, args.lr, args.save_every, args.bf16, args.accumulate)
     given = {k: getattr(args, k) for k in ("preset", "data", "aside", "start", "steps", "batch", "accumulate", "lr", "save_every", "seed")} | (dict(through="MODEL") if args.through else {})
     if args.data != "world": given |= dict(data="FOLDER", aside=args.aside and "FOLDER")
@@ -582,6 +589,7 @@ def train_on(device, args, out):                      # torch.device, of the com
     print(f"run     {out}, seed {args.seed}, on {device}" + f" and its like: {n} ranks, {'sharded' if args.shard else 'replicated'}"*(n > 1), flush=True)
     if args.resume and (out/"model.json").is_file():
         done = card_of(out).get("command")
+        if done == facts["command"] and card_of(out).get("digest") != facts.get("digest"): raise ValueError(f"{out} is a finished run on other clips than {args.data} holds now: expected the same, or another --out")
         if done != facts["command"]: raise ValueError(f"{out} is a finished run of `{done}`: expected the same, or another --out")
         print(f"finished already: {out/'model.safetensors'}")
         if args.data == "world" or args.preset in CLIPS or (out/"index.html").is_file(): return
@@ -613,12 +621,12 @@ def some_file(names):                                 # before torch is imported
     if not any(map(os.path.exists, names)): raise ValueError(f"no file {' or '.join(map(plain, names[:3]))}{' …'*(len(names) > 3)}: expected images or clips")
 
 def inside(names):                                    # files and folders
-    "Each file with the name that it is told by: those of a folder, which may nest, by their place in it, as its captions.jsonl has them."
+    "Each file with the name that it is told by: those of a folder alone, which may nest, by their place in it, as its captions.jsonl has them."
     from minisora.data import SUFFIXES
     for name in map(Path, names):
         found = [f for f in sorted(name.rglob("*")) if f.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in f.relative_to(name).parts)] if name.is_dir() else [name]
         if not found: say(f"note: {name} holds no clip or image: expected files that end in one of {' '.join(SUFFIXES)}")
-        for f in found: yield f, f.relative_to(name).as_posix() if name.is_dir() else str(f)
+        for f in found: yield f, f.relative_to(name).as_posix() if name.is_dir() and len(names) == 1 else str(f)
 
 def rank(args):
     "Sort files by how well they fit a prompt."
@@ -671,18 +679,21 @@ def train_captioner(device, args, out):               # as train_on
     import torch
     from minisora import core
     from minisora.captioner import Captioner, CaptionerConfig, caption_loss, generate
+    from minisora.data import Folder
     from minisora.text import Tokenizer
     from minisora.train import fit, only_here, rank
     from minisora.world import VERSION, World
     p, (me, n) = adjusted(preset("captioner"), args.steps, args.batch, args.lr, args.save_every, args.bf16, args.accumulate), rank()
-    facts = dict(data="world", world=VERSION) if args.data == "world" else dict(data="folder")
+    facts = dict(data="world", world=VERSION) if args.data == "world" else dict(data="folder", digest=Folder(args.data, say=lambda line: None).digest())
     given = {k: getattr(args, k) for k in ("preset", "data", "steps", "batch", "accumulate", "lr", "save_every", "seed")} | ({} if args.data == "world" else dict(data="FOLDER"))
     facts |= dict(seed=args.seed, command=" ".join(["minisora train", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None), *{True: ["--bf16"], False: ["--no-bf16"]}.get(args.bf16, [])]))
+    if (out/"model.json").is_file() and card_of(out).get("command") == facts["command"] and card_of(out).get("digest") != facts.get("digest"): raise ValueError(f"{out} is a finished run on other clips than {args.data} holds now: expected the same, or another --out")
     if (out/"model.json").is_file() and card_of(out).get("command") != facts["command"]: raise ValueError(f"{out} is a finished run of `{card_of(out).get('command')}`: expected the same, or another --out")
     print(f"captioner: {PRESETS['captioner']}\ndata    {args.data}: {p.pool} clips, made or drawn once, batches of {p.batch}\n        {p.dit_recipe}\nrun     {out}, seed {args.seed}, on {device}" + f" and its like: {n} ranks, {'sharded' if args.shard else 'replicated'}"*(n > 1), flush=True)
     clips, texts, levels = captioned(args.data, min(p.pool, p.batch*p.dit_recipe.steps), args.seed + 1, CaptionerConfig(0).frames)
     words = Tokenizer.from_texts([t for row in texts for t in row])
-    text = words.encode([t for row in texts for t in row])[0].view(len(clips), len(levels), -1).short()
+    text = words.encode([t for row in texts for t in row])[0].view(len(clips), len(levels), -1)
+    text = few(text, words.vocab_size)
     weights = torch.tensor([*SAID.values()] if args.data == "world" else [1.])
     torch.manual_seed(args.seed)
     model = Captioner(CaptionerConfig(words.vocab_size, tuple(levels), text.shape[2], **p.captioner), words, facts).to(device)
@@ -869,6 +880,7 @@ def demo(args):
     from minisora.data import Folder, write_clip
     from minisora.train import read_log
     from minisora.world import World, grade, read
+    Folder(folder, silent=True, say=lambda line: None).decode()       # an empty one says so at once
     model = load_sora(args.weights, args.device, args.as_is)
     world, body = World(**model.card.get("scenes", {})), [DEMO]
     show = lambda: core.write_atomic(index, PAGE.substitute(body="\n".join(body)))
@@ -979,7 +991,7 @@ def parser():
     def drawing(add, steps=True):
         add("--weights", default="t2v", help="shipped name, run folder or .safetensors file")
         add("--device", type=device_name, help="cpu, cuda or mps (default: the best there is)")
-        add("--seed", type=seed, default=0, help="clip k uses seed + k (default: 0)")
+        add("--seed", type=seed, default=0, help="clip k uses seed + k; clip k of seed s of `eval` s·n + k (default: 0)")
         add("--as-is", action="store_true", help="draw a prompt as it is, without telling first what it leaves open")
         if steps: add("--steps", type=count, help="of the sampler (default: the model's)")
         if steps: add("--best-of", type=number(int, 1, 64, "a whole number from 1 to 64"), help="draw so many clips for each prompt and keep the one that fits it best to the eye of the model's judge (default: the model's)")
@@ -1067,7 +1079,7 @@ def main(
             try: os.getcwd()
             except OSError: raise ValueError("the current folder is gone: go to one that exists") from None
             empty = next((k for k, v in vars(args).items() if (v == "" or k in ("file", "only") and "" in (v or ())) and k not in ("negative", "prompt")), None)      # such as --data $FOLDER, never set
-            if empty: raise ValueError(f"--{empty} is empty: expected a value")
+            if empty: raise ValueError(f"{'a file' if empty == 'file' else '--' + empty} is empty: expected a value")
             code = args.run(args) or 0
             sys.stdout.flush()
             return code

@@ -183,7 +183,7 @@ class Dalle(nn.Module):
         name="dalle",  # shipped name, folder or .safetensors file
         device=None,   # see core.device; None: the CPU
     ):
-        "A saved Dalle, checked against its card."
+        "A saved Dalle, checked against its card. It draws prompts as they are; the command line tells them in full first (`model.detail = World(**model.card[\"scenes\"]).detail`)."
         path = core.find_weights(name)
         tensors, card = core.load(path)
         if card.get("kind") != "dalle": raise core.UserError(f"{path} holds {card.get('kind', 'something else')}: expected the weights of a Dalle")

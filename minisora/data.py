@@ -9,6 +9,7 @@ __all__ = ['MOST', 'IMAGES', 'VIDEOS', 'SUFFIXES', 'DECODING', 'crop', 'rgb', 'm
 # %% ../nbs/04_data.ipynb #a53b7a93
 import copy, hashlib, io, json, math, mimetypes, mmap, os, struct, sys, unicodedata, warnings
 from collections import OrderedDict
+from contextlib import suppress
 from fractions import Fraction
 from importlib.util import find_spec
 from itertools import islice
@@ -45,10 +46,12 @@ def moments(
     edges,  # n + 1 whole numbers that rise: frame i is shown from edges[i] until edges[i + 1], in microseconds
     frames: int,  # how many frames are wanted
 ) -> list[int]:  # which frame is on screen at each of `frames` moments
-    "Moments evenly spaced in time, from the middle of a first frame of median length to the middle of a last one."
+    "Moments evenly spaced in time, from the middle of a first frame of usual length to the middle of a last one: the mean where all are alike but for a tick, else the median."
     edges = np.asarray(edges, np.int64)
-    total, usual = edges[-1] - edges[0], np.sort(np.diff(edges))[(len(edges) - 2) // 2]
-    late = min(5000, usual // 4)  # clocks of files tick in steps of up to 10 ms: a frame that begins just after the moment counts
+    lengths, total = np.diff(edges), edges[-1] - edges[0]
+    even = np.ptp(lengths) <= 10_000  # an even rate, rounded to the clock of a file, which ticks in steps of up to 10 ms
+    usual = total // len(lengths) if even else np.sort(lengths)[(len(lengths) - 1) // 2]
+    late = min(5000, usual // 4, max(0, usual // 2 - 10_000) if even else usual)  # a frame that begins just after the moment counts
     gaps = max(frames - 1, 1)
     at = usual * gaps + 2 * np.arange(frames) * (total - usual)  # in units of 1 / (2 gaps) microseconds, so that nothing is rounded
     return (np.searchsorted((edges[:-1] - edges[0] - late) * 2 * gaps, at, side="right") - 1).tolist()
@@ -162,6 +165,7 @@ def write_clip(
     "Write a clip, whole or not at all: equal clips give equal bytes."
     kind, known = Path(path).suffix.lower(), (*IMAGES, ".mp4")
     if kind not in known: raise UserError(f"cannot write {path}: expected a name that ends in one of {' '.join(known)}")
+    if not torch.is_tensor(clip) or not clip.is_floating_point(): raise ValueError(f"clip is {getattr(clip, 'dtype', type(clip).__name__)}: expected a tensor of floating-point numbers in [-1, 1]")
     if clip.ndim != 4 or clip.shape[1] not in (1, 3) or not clip.numel(): raise ValueError(f"clip has shape {tuple(clip.shape)}: expected (f c h w) with 1 or 3 channels")
     if not torch.isfinite(clip).all(): raise ValueError("clip holds values that are not finite: expected numbers in [-1, 1]")
     if not 0 < fps <= 50: raise ValueError(f"fps is {fps}: expected more than 0, at most 50")
@@ -363,6 +367,13 @@ class Folder:
         clips, known = zip(*(self._sound(i) for i in which))
         said = [["" if s else texts[v % len(texts)] for v, s in zip(*drawn)] for texts, *drawn in zip(known, variants, silent)]
         return dict(clips=_to_clip(np.stack(clips)), captions=said if captions is not None else [text for text, in said])
+
+    def digest(self) -> str:  # 64 hexadecimal digits
+        "A hash of all names, captions and bytes: of another folder, or of this one after a change, it is another."
+        whole = hashlib.sha256(json.dumps(self.items).encode())
+        for name, _ in self.items:
+            with suppress(OSError), open(self.path / name, "rb") as file: whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
 
     def _read(self, path):
         "What `_decode` gives, from the folder `kept` if these very bytes were decoded before; what lies there is believed only if its own hash agrees."

@@ -155,7 +155,7 @@ class Log:
         self.began = time.monotonic() - (lines[-1].get("seconds", 0) if lines else 0)
     def write(self, step: int, **entry):
         "Add a line."
-        line = json.dumps(dict(step=step, seconds=round(time.monotonic() - self.began, 1), **entry))
+        line = json.dumps(dict(step=step, seconds=round(time.monotonic() - self.began, 1), **entry), default=float)                   # what a hook gives may be of numpy or torch
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8", newline="\n") as file: file.write(line + "\n")
@@ -391,6 +391,7 @@ def fit(
             torch.compiler.reset()                     # torch compiles a function a few times only: forget earlier models
             fast = torch.compile(loss, dynamic=False)  # once per shape, so that it does not matter which came first
         with tqdm(total=r.steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar:
+            model.zero_grad()                          # of whoever tried the loss before
             for i in range(start, r.steps):
                 done, counted = i + 1, []
                 if i == 0: flops = r.steps * round(n * over_ranks([core.flops(lambda: counted.append(step(0)))], device)[0])

@@ -9,6 +9,7 @@ __all__ = ['nearest', 'spread_out', 'kmeans', 'straight_through', 'VectorQuantiz
 # %% ../nbs/10_vq.ipynb #33a2e858
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from einops import rearrange, repeat
@@ -215,12 +216,12 @@ class VQVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls,
-        name="dalle-vq",  # shipped name, folder or .safetensors file
+        name="dalle-vq",  # shipped name, folder of a Dalle or .safetensors file
     ):
         "A saved tokenizer, checked against its card."
-        path = core.find_weights(name)
+        path = beside if (beside := Path(name)/"model-vq.safetensors").is_file() else core.find_weights(name)
         tensors, card = core.load(path)
-        if card.get("kind") != "vq": raise core.UserError(f"{path} holds {card.get('kind', 'something else')}: expected the weights of a VQ")
+        if card.get("kind") != "vq": raise core.UserError(f"{path} holds {card.get('kind', 'something else')}: expected the weights of a VQ, such as dalle-vq")
         try:
             model = cls(VQConfig(**card["vq"]))
             model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
