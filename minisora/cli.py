@@ -772,7 +772,7 @@ def evaluate(args):
         if laws: table["physics"] = spread(laws)
         drawn, true, twin = (torch.cat(s) for s in starts)
         g, apart = core.generator(args.seed), lambda a, b: variation(a, b, world.size, step=world.step or world.size/16)
-        again = lambda x: x[torch.randint(len(x), (len(x),), generator=g)]
+        again = lambda x: x[torch.randint(len(x), (len(x),), generator=g)] if len(x) else x
         far, near = apart(drawn, true), apart(twin, true)
         half = 1.96*torch.tensor([apart(again(drawn), t := again(true)) - apart(again(twin), t) for _ in range(200)]).std().item()    # bootstrap
         result[split] = dict(rates=table, starts=far, starts_floor=near, starts_over=[far - near, far - near - half, far - near + half])

@@ -145,7 +145,7 @@ def test_folders_that_lie_in_each_other(tmp_path, folder, says):
 
 
 def test_names_and_numbers_at_their_ends(tmp_path, run, folder, says):
-    says("caption", "", words="--file is empty")
+    says("caption", "", words="a file is empty")
     says("sample", "red", "--height", 36, "--out", tmp_path / "a.gif", words="--height is 36: expected a multiple of 16")
     assert world.World().parse("red circle x99999999999999999999 y5 with grain 99999999999999999999999")["color"] == "red"
     long = tmp_path / ("n" * 245 + ".gif")
@@ -406,6 +406,25 @@ def test_judge_learns_from_what_it_will_judge(tmp_path, capsys, says, folder, ru
     assert "draws 8 clips for a prompt" in capsys.readouterr().out and (tmp_path / "mine" / "model.safetensors").read_bytes() == before
     mine = cli.load_sora(tmp_path / "mine", "cpu")
     assert mine.card["sampling"]["best_of"] == 8 and mine.judge is not None and str(tmp_path) not in json.dumps(mine.judge.card) and "--accumulate 2" in mine.judge.card["command"]
+
+
+def test_a_run_belongs_to_its_clips(tmp_path, says, capsys):
+    w = world.World()
+    for name, word in (("fa", "apple"), ("fb", "fox")):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            data.write_clip(w.render(w.sample(1, core.generator(k)))[0], tmp_path / name / f"{k}.gif")
+            (tmp_path / name / f"{k}.txt").write_text(f"{word} {k}")
+    go = lambda name, *more: ("train", "--preset", "tiny", "--data", tmp_path / name, "--out", tmp_path / "r", "--batch", 2, "--steps", 4, "--device", "cpu", *more)
+    ok(*go("fa"))
+    says(*go("fb", "--resume"), words="is a finished run on other clips than .*fb holds now")
+    for name in ("model.safetensors", "model.json"): (tmp_path / "r" / name).unlink()         # as if killed just before the end
+    says(*go("fb", "--resume"), words="was trained with digest")
+    ok(*go("fa", "--resume"))
+    assert "apple" in json.loads((tmp_path / "r" / "model.json").read_text())["words"]
+    (tmp_path / "none").mkdir()
+    says("demo", "--data", tmp_path / "none", "--out", tmp_path / "d", words="none")
+    assert not (tmp_path / "d").exists()
 
 
 # --- ranking

@@ -559,3 +559,25 @@ def test_kept_clips_know_their_bytes(clips, tmp_path, monkeypatch):
     said = []
     folder = data.Folder(box, silent=True, kept=tmp_path / "full", say=said.append).decode()
     assert len(folder) == 2 and len(said) == 1 and "No space left" in said[0] and not folder.bad
+
+
+def test_a_gif_of_any_rate_reads_back_frame_by_frame(tmp_path):
+    for fps in range(1, 51):                                       # a GIF's clock ticks in hundredths of a second
+        for n in (2, 9, 23, 64):
+            edges = [round(100 * k / fps) * 10_000 for k in range(n + 1)]
+            assert data.moments(edges, n) == [*range(n)], (fps, n)
+    clip = torch.linspace(-1, 1, 23)[:, None, None, None].expand(23, 3, 8, 8)
+    data.write_clip(clip, tmp_path / "fast.gif", 40)
+    back = data.read_clip(tmp_path / "fast.gif", 23, 8).mean((1, 2, 3))
+    assert (back.diff() > 0).all()
+    with pytest.raises(ValueError, match="uint8: expected a tensor of floating-point"): data.write_clip(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tmp_path / "a.png")
+
+
+def test_a_folder_has_a_digest_of_names_captions_and_bytes(tmp_path):
+    data.write_clip(torch.zeros(1, 3, 8, 8), tmp_path / "a.png"); (tmp_path / "a.txt").write_text("grey")
+    first = data.Folder(tmp_path).digest()
+    assert first == data.Folder(tmp_path).digest()
+    (tmp_path / "a.txt").write_text("gray")
+    second = data.Folder(tmp_path).digest()
+    data.write_clip(torch.ones(1, 3, 8, 8), tmp_path / "a.png")
+    assert len({first, second, data.Folder(tmp_path).digest()}) == 3

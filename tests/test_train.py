@@ -365,3 +365,20 @@ def test_compiled_is_eager_and_resumes_to_the_same_bits(whole, tmp_path, capsys)
     with pytest.raises(Stopped): run(tmp_path / "b", recipe, draw=after(13, lambda: signal.raise_signal(signal.SIGINT)))
     run(tmp_path / "b", recipe)
     assert contents(tmp_path / "a") == contents(tmp_path / "b") and steps(tmp_path / "a") == steps(tmp_path / "b")
+
+
+def test_what_was_tried_before_leaves_no_gradient():
+    def losses(before):
+        torch.manual_seed(0)
+        net, g = torch.nn.Linear(3, 1), torch.Generator()
+        if before: (100*net(torch.ones(2, 3)).sum()).backward()
+        draw = lambda g: dict(x=torch.randn(4, 3, generator=g))
+        return fit(net, lambda x: net(x).square().mean(), draw, Recipe(steps=3, warmup=1, compile=False))["losses"]
+    assert losses(False) == losses(True)
+
+
+def test_a_hook_may_give_numbers_of_any_kind(tmp_path):
+    import numpy as np
+    net = torch.nn.Linear(3, 1)
+    fit(net, lambda x: net(x).square().mean(), lambda g: dict(x=torch.randn(4, 3, generator=g)), Recipe(steps=2, warmup=1, compile=False), tmp_path, hook=lambda i, m: dict(a=np.float32(.5), b=torch.tensor(2.)))
+    assert [(l["a"], l["b"]) for l in read_log(tmp_path) if "a" in l] == [(.5, 2.)]
