@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'SAMPLING', 'DETAIL', 'vae_file', 'judge_file', 'Pixels', 'Sora', 'learn_words']
 
 # %% ../nbs/41_sora.ipynb #86d3edb0
-import math, operator, warnings
+import math, numbers, operator, warnings
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -101,8 +101,8 @@ class Sora(nn.Module):
     @torch.no_grad()
     def generate(self,
         prompts,            # list of str, or one
-        frames=None,        # any number; None here and below: as the card says
-        height=None,        # pixels, a multiple of the VAE's patch
+        frames=None,        # any number; None here and below: as the card says. Beyond what it learned a model draws, and says so, but hardly makes sense
+        height=None,        # pixels, a multiple of the patches of VAE and DiT together
         width=None,         # the same
         cfg_scale=None,     # 1: the caption as it is, above: away from `negative`
         steps=None,         # of the sampler
@@ -119,19 +119,23 @@ class Sora(nn.Module):
         if not prompts or not all(isinstance(p, str) for p in prompts): raise ValueError(f"prompts is {str(prompts)[:99]}: expected a text, or a list of one or more")
         if image is not None or mask is not None: raise ValueError("image and mask need a model that was trained with frame masks, which this one was not")
         s = {**SAMPLING, **self.card.get("sampling", {}), **{k: v for k, v in dict(sampler=sampler, steps=steps, shift=shift, cfg_scale=cfg_scale, best_of=best_of, frames=frames, height=height, width=width).items() if v is not None}}
-        frames = s["frames"]
         if s["sampler"] not in SAMPLERS: raise ValueError(f"sampler is {s['sampler']!r}: expected one of {', '.join(SAMPLERS)}")
         for k in ("frames", "height", "width", "steps", "best_of"):
-            if type(s[k]) is not int or s[k] < 1: raise ValueError(f"{k} is {s[k]!r}: expected a whole number from 1")
+            if isinstance(s[k], bool) or not hasattr(s[k], "__index__") or s[k] < 1: raise ValueError(f"{k} is {s[k]!r}: expected a whole number from 1")
+            s[k] = operator.index(s[k])
         for k, p in zip(("height", "width"), self.dit.config.patch[1:]):
             if s[k] % (side := p*self.vae.config.patch): raise ValueError(f"{k} is {s[k]}: expected a multiple of {side}")
-        if not (isinstance(s["cfg_scale"], (int, float)) and math.isfinite(s["cfg_scale"])): raise ValueError(f"cfg_scale is {s['cfg_scale']!r}: expected a finite number")
+        if not (isinstance(s["cfg_scale"], numbers.Real) and math.isfinite(s["cfg_scale"])): raise ValueError(f"cfg_scale is {s['cfg_scale']!r}: expected a finite number")
         try: seeds = [operator.index(k) for k in seed] if isinstance(seed, Iterable) and getattr(seed, "ndim", 1) else [operator.index(seed) + k for k in range(len(prompts))]
         except TypeError: raise ValueError(f"seed is {seed!r}: expected a whole number, or one for each prompt") from None
         if not all(-2**63 <= k < 2**64 for k in seeds): raise ValueError(f"seed is {seed!r}: expected whole numbers below 2**64")
         if len(seeds) != len(prompts): raise ValueError(f"seed lists {len(seeds)} for {len(prompts)} prompts: expected as many")
         if (many := s["best_of"]) > 1 and self.judge is None: raise ValueError(f"best_of is {many}, but this model has no judge that could choose: expected 1")
-        pf, was = self.vae.config.frames, self.training
+        pf, was, frames, known = self.vae.config.frames, self.training, s["frames"], {**SAMPLING, **self.card.get("sampling", {})}
+        beyond = ", ".join(f"{k} {s[k]}" for k in ("frames", "height", "width") if s[k] > known[k] or k != "frames" and s[k] != known[k])
+        if beyond and self.card.get("data") in ("world", "folder") and beyond not in self._said:
+            self._said.add(beyond)
+            warnings.warn(f"this model learned {known['frames']} frames of {known['height']}x{known['width']}: of {beyond} expect little sense", stacklevel=2)
         shape = self.vae.latent_shape(1 + -(-(frames - 1)//pf)*pf, s["height"], s["width"])
         text, null = self.ids(prompts), self.ids([negative])                  # unknown words are said here
         for p in dict.fromkeys(p for p in prompts if p not in self._said) if self.detail and self.ignored else ():

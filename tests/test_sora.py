@@ -255,3 +255,12 @@ def test_new_words_find_room(model, tmp_path):
     assert (said - new.generate("a", steps=3, seed=4, cfg_scale=3.)).abs().max() > 1e-3
     new.save_pretrained(tmp_path)
     assert torch.equal(Sora.from_pretrained(tmp_path).generate("a zeppelin landing", steps=3, seed=4, cfg_scale=3.), said)
+
+
+def test_beyond_what_it_learned_a_model_says_so_once():
+    model = Sora.from_pretrained("t2v")
+    with pytest.warns(UserWarning, match="learned 17 frames of 32x32: of frames 25, width 48 expect little sense"): model.generate("a red circle", frames=25, width=48, steps=1, best_of=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate("a red circle", frames=25, width=48, steps=1, best_of=2)
+        model.generate("a red circle", frames=torch.tensor(9), steps=1, best_of=1)      # fewer are no matter; a number is a number
