@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
 from . import core
 from .text import Tokenizer
-from .train import over_ranks
 from .transformer import Block, KVCache
 
 # %% ../nbs/21_captioner.ipynb #2141bb11
@@ -158,7 +158,9 @@ def caption_loss(
     clips, text, level, parallel=None,  # as in `forward`
 ):  # nats a word, the end counted as one
     "-log p of a caption, as a mean over all words of the batch (under torchrun, of the batches of all ranks)."
-    return nats(model(clips, text, level, parallel), text).sum()/over_ranks([(text > 0).sum() + len(text)], text.device)[0]
+    words = ((text > 0).sum() + len(text)).float()
+    if dist.is_available() and dist.is_initialized(): dist.all_reduce(words); words = words/dist.get_world_size()
+    return nats(model(clips, text, level, parallel), text).sum()/words
 
 # %% ../nbs/21_captioner.ipynb #21ca1cd3
 def numbered(

@@ -183,7 +183,7 @@ def test_command_line(tmp_path, capsys):
     model = Captioner.from_pretrained()
     assert line["caption"] == generate(model, cli_clip(tmp_path/"in"/"a.gif"), "short")[0]
     (tmp_path/"none").mkdir()
-    for args, words in (([tmp_path/"in"/"torn.gif"], "none of 1 files"), ([tmp_path/"none"], "none of 0 files"), ([tmp_path/"in"/"a.gif", "--level", "loud"], "--level is 'loud'"), ([tmp_path/"in"/"a.gif", "--weights", "nowhere"], "no weights"),
+    for args, words in (([tmp_path/"in"/"torn.gif"], "torn.gif can be read"), ([tmp_path/"none"], "none can be read"), ([tmp_path/"in"/"a.gif", "--level", "loud"], "--level is 'loud'"), ([tmp_path/"in"/"a.gif", "--weights", "nowhere"], "no weights"),
                         ([tmp_path/"in"/"a.gif", "--weights", "t2v"], "expected the weights of a captioner"), ([], "required")):
         code, out, err = call(*args)
         assert code == 2 and not out and words in err[-1] and err[-1].startswith("minisora: "), err

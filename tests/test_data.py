@@ -469,7 +469,7 @@ def test_samples_ship_whole():
     folder = quiet(SAMPLES)
     files = [f for f in SAMPLES.rglob("*") if f.is_file()]
     assert not folder.bad and len(folder) >= 40 and sum(f.stat().st_size for f in files) < 500_000
-    assert {".png", ".gif", ".webp", ".mp4", ".jpg", ".txt", ".jsonl"} == {f.suffix for f in files}
+    assert {".png", ".gif", ".webp", ".mp4", ".jpg", ".txt", ".jsonl", ".json"} == {f.suffix for f in files}
     for i in range(len(folder)): folder.clip(i)
     assert not folder.bad
 
