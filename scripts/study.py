@@ -26,9 +26,10 @@ from minisora.data import WorldClips
 from minisora.dit import DiT
 from minisora.flow import add_noise, flow_loss, guide, sample_euler, sample_times, x0_from_v
 from minisora.information import LOGSNR, information, measure, times
-from minisora.sora import Sora
+from minisora.sora import Pixels, Sora
 from minisora.text import Tokenizer
 from minisora.train import Recipe, fit, optimizers
+from minisora.vae import VAEConfig
 from minisora.vq import VQConfig, VQVAE
 from minisora.world import COLORS, LEVELS, SHAPES, VERSION, World, grade, read
 
@@ -38,53 +39,70 @@ ROOT = Path(__file__).resolve().parent.parent
 def _bf16(): return core.device().type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # in hardware; elsewhere float32
 
 
-# --- latents (claim 17, chapter 40): the same DiT on a VAE's latents and on raw patches, at equal training FLOPs
+# --- latents (claim 17, chapter 40): the same DiT on a VAE's latents and on raw patches, at equal training FLOPs; and trials, one change each (LOG)
+
+class Raw(Pixels):
+    "In place of a VAE: boxes of 8 frames of 8x8 pixels as they are, each the numbers of one latent cell; frame 0 is repeated, to fill a box of its own."
+    config, cut, size = VAEConfig(channels=1536), ("b (f pf) c (h ph) (w pw)", "b f (pf c ph pw) h w"), dict(c=3, pf=8, ph=8, pw=8)
+    def latent_shape(self, frames, height, width): return 1 + (frames - 1)//8, 1536, height//8, width//8
+    def encode(self, clips):
+        z = rearrange(torch.cat([clips[:, :1].repeat(1, 7, 1, 1, 1), clips], 1), " -> ".join(self.cut), **self.size)
+        return z, torch.zeros_like(z)
+    def decode(self, z): return rearrange(z, " -> ".join(self.cut[::-1]), **self.size)[:, 7:]
+
+
+SIX = "shape", "color", "size", "texture", "motion", "background"
+TRIALS = {"as it ships": {}, "velocity": dict(predict="v"), "wide": dict(width=256, depth=3), "deep": dict(width=128, depth=10), "batches of 32": dict(batch=32), "AdamW": dict(muon=0.)}
+
 
 @lru_cache
-def _latents_data():
-    "What every point shares: scenes, captions, and clips as either kind of token, there and back."
-    world, sora, pool = World(), Sora.from_pretrained("t2v", core.device()), core.at_scale(test=32, cpu=20_000, gpu=100_000)
-    c, scenes = sora.vae.config, world.sample(pool, core.generator(0))
-    captions = world.caption(scenes, "long")
-    words, here = Tokenizer.from_texts(captions), sora.device
-    ids = words.encode(captions)[0]
-    cut, lay = "b (f pf) c (h ph) (w pw) -> b f (pf c ph pw) h w", "b f (pf c ph pw) h w -> b (f pf) c (h ph) (w pw)"
-    size = dict(pf=c.frames, ph=c.patch, pw=c.patch)
-    def raw(clips):  # frame 0 is repeated, to fill a box of its own
-        return rearrange(torch.cat([clips[:, :1].repeat(1, c.frames, 1, 1, 1), clips[:, 1:]], 1), cut, **size)
-    return SimpleNamespace(world=world, scenes=scenes, words=words, ids=ids, here=here, vae=sora.card["vae_sha256"][:12], ways=dict(
-        latents=(c.channels, lambda clips: sora.latents(clips.to(here)), sora.clips),
-        raw=(3*c.frames*c.patch**2, raw, lambda z: rearrange(z, lay, c=3, **size)[:, c.frames - 1:])))
+def _clips_told():
+    "What every point shares: t2v, clips as bytes, their captions in all the ways that t2v learned from."
+    world, sora, g = World(), Sora.from_pretrained("t2v", core.device()), core.generator(0)
+    pool, source = core.at_scale(test=32, cpu=20_000, gpu=100_000), WorldClips(world, cli.LEVELS)
+    parts = [source.batch(g, min(200, pool), captions=4) for _ in range(0, pool, 200)]
+    clips = torch.cat([(part["clips"]*127.5 + 127.5).round().byte() for part in parts])
+    return SimpleNamespace(world=world, sora=sora, clips=clips, ids=sora.ids([c for part in parts for row in part["captions"] for c in row]).cpu().view(len(clips), 4, -1), bf16=_bf16())
+
+
+@lru_cache
+def _cells(what):  # `latents` or `raw`: numbers of a cell, and what makes cells of the clips of these numbers
+    d = _clips_told()
+    floats = lambda i: d.clips[i].float()/127.5 - 1
+    if what == "raw": return lambda i: Raw().encode(floats(i))[0]
+    z = torch.cat([d.sora.latents(floats(i).to(d.sora.device)).half().cpu() for i in torch.arange(len(d.clips)).split(200)])
+    return lambda i: z[i].float()
 
 
 def latents(
     what,  # `latents` or `raw`
-    tflop,  # of training, the optimizer's products included
+    tflop,  # of training, the optimizer's products included, the VAE's not
     seed,  # of weights and batches
+    trial="as it ships",  # of TRIALS: what differs from preset t2v
 ):
-    "Train for so many FLOPs, draw unseen prompts, grade."
-    d = _latents_data()
-    channels, there, back = d.ways[what]
-    batch, n = core.at_scale(test=4, cpu=32, gpu=128), core.at_scale(test=4, cpu=256, gpu=512)
+    "Train t2v's DiT for so many FLOPs from nothing, draw unseen prompts of level long, told in full, and grade."
+    d, fields = _clips_told(), dict(TRIALS[trial])
+    n, batch, muon = core.at_scale(test=4, cpu=512, gpu=512), fields.pop("batch", core.at_scale(test=4, cpu=128, gpu=128)), fields.pop("muon", 4.)
+    vae, config, cells = d.sora.vae if what == "latents" else Raw(), replace(d.sora.dit.config, **core.at_scale(test=dict(depth=1), cpu={}, gpu={})), _cells(what)
 
     def train(steps):
         torch.manual_seed(seed)
-        net = DiT(channels, vocab=d.words.vocab_size, width=192, depth=4, text_width=96).to(d.here)
+        model = Sora(DiT(replace(config, channels=vae.config.channels, **fields)), vae, d.sora.tokenizer, dict(sampling=dict(d.sora.card["sampling"], steps=16, best_of=1))).to(d.sora.device)
+        if what == "latents": model.mean.copy_(d.sora.mean); model.std.copy_(d.sora.std)
         def draw(g):
-            i = torch.randint(len(d.scenes), (batch,), generator=g)
-            x0 = there(d.world.render(d.scenes[i])).cpu()
-            return dict(x0=x0, t=sample_times(batch, 2.5, g), eps=torch.randn(x0.shape, generator=g), text=d.ids[i]*(torch.rand(batch, 1, generator=g) > .1))
-        recipe = Recipe(steps=steps, warmup=min(50, steps//3 + 1), seed=seed, compile=core.at_scale(test=False, cpu=True, gpu=True))
-        return net, fit(net, lambda **b: flow_loss(net, **b), draw, recipe, name=f"{what}, {tflop} TFLOP, seed {seed}")
+            i, k = torch.randint(len(d.clips), (batch,), generator=g), torch.randint(4, (batch,), generator=g)
+            return dict(latents=(x := cells(i)), eps=torch.randn(x.shape, generator=g), t=sample_times(batch, 2.5, g), text=d.ids[i, k])
+        recipe = Recipe(steps=steps, warmup=min(100, steps//3 + 1), muon=muon, ema=.99, seed=seed, bf16=d.bf16, compile=core.at_scale(test=False, cpu=steps > 1, gpu=True))
+        return model, fit(model.dit, model.loss, draw, recipe, name=f"{what}, {trial}, {tflop} TFLOP, seed {seed}")
 
     steps = max(2, round(tflop*1e12/train(1)[1]["flops"]))
-    net, run = train(steps)
-    test = d.world.sample(n, core.generator(10_000 + seed))
-    text = d.words.encode(d.world.caption(test, "long"), length=d.ids.shape[1])[0].to(d.here)
-    noise = torch.randn(n, *there(d.world.render(test[:1]))[0].shape, generator=core.generator(seed)).to(d.here)
-    with torch.no_grad(): drawn = back(sample_euler(guide(net, 2., dict(text=torch.zeros_like(text[:1]))), noise, steps=20, shift=2.5, text=text)).cpu()
-    return dict(steps=steps, batch=batch, flops=run["flops"], parameters=core.num_params(net), loss=sum(run["losses"][-50:])/len(run["losses"][-50:]), n=n,
-                right={k: round(100*v.rate, 3) for k, v in grade(drawn, test).rates.items()}, vae=d.vae, compiled=run["compiled"])
+    model, run = train(steps)
+    test, model.detail = d.world.sample(n, core.generator(10_000 + seed)), d.world.detail
+    prompts = d.world.caption(test, "long")
+    drawn = torch.cat([model.generate(prompts[i:i + 64], seed=1000*seed + i).cpu() for i in range(0, n, 64)])
+    right = {k: round(100*v.rate, 3) for k, v in grade(drawn, test).rates.items()}
+    return dict(steps=steps, batch=batch, flops=run["flops"], parameters=core.num_params(model.dit), loss=sum(run["losses"][-50:])/len(run["losses"][-50:]), n=n,
+                right=right, six=round(sum(right[k] for k in SIX)/6, 3), vae=d.sora.card["vae_sha256"][:12], bf16=d.bf16, compiled=run["compiled"])
 
 
 # --- levels (claims 12 and 13, chapter 33): every length of caption against compute, for two sizes of model
@@ -456,8 +474,9 @@ def probes(
 
 def points():
     "Name → function and its points, in the order in which they run: one seed of everything first."
-    budgets = core.at_scale(test=(.001,), cpu=(2, 8, 32), gpu=(32, 128, 512))
+    budgets = core.at_scale(test=(.001,), cpu=(5, 20), gpu=(20, 80, 320))
     return dict(latents=(latents, [dict(what=what, tflop=b, seed=seed) for seed in (0, 1, 2) for b in budgets for what in ("latents", "raw")]),
+                trials=(latents, [dict(what="latents", tflop=core.at_scale(test=.001, cpu=15, gpu=60), seed=0, trial=trial) for trial in TRIALS]),
                 abilities=(abilities, [dict(width=w, seed=seed) for seed in (0, 1, 2) for w in core.at_scale(test=(16,), cpu=tuple(WIDTHS), gpu=(*WIDTHS,))]),
                 drawing=(drawing, [dict(what=w, seed=seed) for w, seeds in DRAWING.items() for seed in seeds]),
                 levels=(levels, [dict(size=size, tflop=b, seed=seed) for seed in (0, 1) for b in core.at_scale(test=(.001,), cpu=(5, 20, 80), gpu=(20, 80, 320)) for size in SIZES]),
