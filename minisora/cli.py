@@ -475,6 +475,8 @@ def sample(args):
         try: lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
         except OSError as e: raise ValueError(f"cannot read {args.prompts}: {e.strerror}") from None
         except UnicodeDecodeError: raise ValueError(f"{args.prompts} is not UTF-8: save it in that encoding") from None
+        for i, line in enumerate(lines):
+            if len(line.strip()) > LONGEST: raise ValueError(f"{args.prompts}, line {i + 1}: a prompt of {len(line.strip()):,} characters: expected at most {LONGEST:,}")
         prompts = prompts + [line.strip() for line in lines if line.strip()]
         if not prompts: raise ValueError(f"{args.prompts} holds no prompt: expected one per line")
     if not prompts: raise ValueError("no prompt: expected one in quotes, such as 'a large red circle moving left on a black background', or --prompts FILE")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'WORLD', 'WEIGHTS', 'VERDICTS', 'CLAIMS', 'MARKS', 'UserError', 'scale', 'at_scale', 'device', 'generator',
-           'num_params', 'flops', 'write_atomic', 'save', 'load', 'find_weights', 'results', 'record', 'ledger',
-           'claims_table', 'write_claims']
+           'whole', 'finite', 'asked_for', 'num_params', 'flops', 'write_atomic', 'save', 'load', 'find_weights',
+           'results', 'record', 'ledger', 'claims_table', 'write_claims']
 
 # %% ../nbs/00_core.ipynb #aea5697c
-import hashlib, json, os, re, struct
+import hashlib, json, math, numbers, operator, os, re, struct
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -56,6 +57,33 @@ def generator(
 ) -> torch.Generator:
     "A source of randomness of its own, to be passed by hand."
     return torch.Generator(device).manual_seed(seed)
+
+def whole(
+    value,  # what a caller gave
+    name: str,  # of the argument
+    low: int = 1,  # the least that will do
+) -> int:
+    "The value if it is a whole number, else one clear ValueError."
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < low: raise ValueError(f"{name} is {value!r}: expected a whole number from {low}")
+    return operator.index(value)
+
+def finite(value, name: str):  # as in `whole`
+    "The value if it is a finite number, else one clear ValueError."
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) and math.isfinite(value)): raise ValueError(f"{name} is {value!r}: expected a finite number")
+    return value
+
+def asked_for(
+    prompts,  # texts, or one
+    seed,  # item k is drawn with seed + k; or a seed for each
+) -> tuple[list, list]:
+    "What is to be drawn, and the seed of each, so that it is the same alone as in any batch."
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if not prompts or not all(isinstance(p, str) for p in prompts): raise ValueError(f"prompts is {str(prompts)[:99]}: expected a text, or a list of one or more")
+    try: seeds = [operator.index(k) for k in seed] if isinstance(seed, Iterable) and getattr(seed, "ndim", 1) else [operator.index(seed) + k for k in range(len(prompts))]
+    except TypeError: raise ValueError(f"seed is {seed!r}: expected a whole number, or one for each prompt") from None
+    if not all(-2**63 <= k < 2**64 for k in seeds): raise ValueError(f"seed is {seed!r}: expected whole numbers below 2**64")
+    if len(seeds) != len(prompts): raise ValueError(f"seed lists {len(seeds)} for {len(prompts)} prompts: expected as many")
+    return prompts, seeds
 
 # %% ../nbs/00_core.ipynb #62de94ad
 def num_params(

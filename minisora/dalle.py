@@ -144,14 +144,12 @@ class Dalle(nn.Module):
         **other,            # what clips have and images have not: refused by name
     ):                      # (b 1 c h w) in [-1, 1]
         "Images for prompts, token by token; each depends on its own prompt and seed alone."
-        c, prompts = self.config, [prompts] if isinstance(prompts, str) else list(prompts)
+        c, (prompts, seeds) = self.config, core.asked_for(prompts, seed)
         n, size = c.rows*c.cols, dict(frames=1, height=c.rows*self.vq.config.patch, width=c.cols*self.vq.config.patch, steps=c.rows*c.cols)
         for k, v in other.items():
             if v is not None and v != size.get(k): raise ValueError(f"{k} is {v!r}: expected {size.get(k, 'none')}, for this model draws images, token by token")
-        if not prompts: raise ValueError("prompts is empty: expected at least one")
         s = {**SAMPLING, **self.card.get("sampling", {}), **{k: v for k, v in dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p).items() if v is not None}}
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + k for k in range(len(prompts))]
-        if len(seeds) != len(prompts): raise ValueError(f"seed lists {len(seeds)} for {len(prompts)} prompts: expected as many")
+        if core.finite(s["cfg_scale"], "cfg_scale") == 1 and negative: warnings.warn("negative says nothing at cfg_scale 1, where no guidance leads away from it", stacklevel=2)
         if given is not None and (len(given) != len(prompts) or given.shape[1] >= n): raise ValueError(f"given is {tuple(given.shape)}: expected {len(prompts)} rows of fewer than {n} codes")
         text = self.ids(prompts)                                       # unknown words are said here
         if self.detail: text = self.ids(self.detail(prompts, seeds))

@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from PIL import GifImagePlugin, Image, ImageOps
 
-from .core import UserError, write_atomic
+from .core import UserError, whole, write_atomic
 from .world import LEVELS, World
 
 # %% ../nbs/04_data.ipynb #426100a0
@@ -203,7 +203,7 @@ def complete(d) -> bool | None:  # bytes of a file, or its memory map; None: of 
         if d[:4] == b"RIFF" and d[8:12] == b"WEBP": return 8 + number(4, 8, "little") <= n
         if d[:3] == b"\xff\xd8\xff":
             at = 2
-            while d[at + 1] != 0xDA: at += 2 + number(at + 2, at + 4)  # markers until the scan, where 0xFFD9 can only be the end
+            while d[at + 1] != 0xDA: at += 1 if d[at + 1] == 0xFF else 2 + number(at + 2, at + 4)  # markers, each after as many 0xFF as it likes, until the scan, where 0xFFD9 can only be the end
             return d.find(b"\xff\xd9", at) >= 0
         if d[4:8] == b"ftyp" and d[8:12] not in (b"avif", b"heic", b"mif1"):
             while at + 8 <= n:
@@ -256,9 +256,9 @@ def _to_clip(pixels): return rearrange(torch.as_tensor(pixels), "... h w c -> ..
 
 def _size(size):
     "Height and width from a number or a pair."
-    h, w = (size, size) if isinstance(size, int) else size
-    if min(h, w) < 1: raise ValueError(f"size is {size}: expected height and width of at least 1")
-    return h, w
+    try: h, w = size if isinstance(size, (tuple, list)) else (size, size)
+    except ValueError: raise ValueError(f"size is {size!r}: expected a number, or height and width") from None
+    return whole(h, "height"), whole(w, "width")
 
 def read_clip(
     path,  # .png .apng .gif .webp .jpg .jpeg, and with PyAV .mp4 .m4v .mov .webm
@@ -266,7 +266,7 @@ def read_clip(
     size=(32, 32),  # height and width, or one number for both
 ) -> torch.Tensor:  # (f c h w) in [-1, 1]
     "Read an image, animation or video at the length and size that a model wants."
-    if frames < 1: raise ValueError(f"frames is {frames}: expected at least 1")
+    whole(frames, "frames")
     return _to_clip(_decode(Path(path), frames, _size(size))[0])
 
 # %% ../nbs/04_data.ipynb #be7c6ef4
@@ -287,7 +287,7 @@ class Folder:
         kept=None,  # a folder in which decoded clips stay from run to run; None: in memory alone
         say=None,  # called with each complaint as it comes; None prints it on stderr
     ):
-        self.path, self.frames, self.size, self.unsaid = Path(path), frames, _size(size), unsaid
+        self.path, self.frames, self.size, self.unsaid = Path(path), whole(frames, "frames"), _size(size), unsaid
         self.bad, self.found, self.kept, self._say = [], {}, kept and Path(kept), say or (lambda line: print(line, file=sys.stderr))
         self._cache, self._room, self._broken = OrderedDict(), cache_mb * 1e6, set()
         if not self.path.is_dir(): raise UserError(f"{path} is not a folder: expected one with clips and their captions")

@@ -6,8 +6,7 @@
 __all__ = ['SAMPLERS', 'SAMPLING', 'DETAIL', 'vae_file', 'judge_file', 'Pixels', 'Sora', 'learn_words']
 
 # %% ../nbs/41_sora.ipynb #86d3edb0
-import math, numbers, operator, warnings
-from collections.abc import Iterable
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -115,21 +114,14 @@ class Sora(nn.Module):
         progress=None,      # wraps the list of steps, e.g. tqdm
     ):                      # (b f c h w) in [-1, 1]
         "Clips for prompts; each depends on its own prompt and seed alone. The best of several as DALL·E's were chosen by CLIP ([Ramesh 2021](https://arxiv.org/abs/2102.12092), section 2.6)."
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
-        if not prompts or not all(isinstance(p, str) for p in prompts): raise ValueError(f"prompts is {str(prompts)[:99]}: expected a text, or a list of one or more")
+        prompts, seeds = core.asked_for(prompts, seed)
         if image is not None or mask is not None: raise ValueError("image and mask need a model that was trained with frame masks, which this one was not")
         s = {**SAMPLING, **self.card.get("sampling", {}), **{k: v for k, v in dict(sampler=sampler, steps=steps, shift=shift, cfg_scale=cfg_scale, best_of=best_of, frames=frames, height=height, width=width).items() if v is not None}}
         if s["sampler"] not in SAMPLERS: raise ValueError(f"sampler is {s['sampler']!r}: expected one of {', '.join(SAMPLERS)}")
-        for k in ("frames", "height", "width", "steps", "best_of"):
-            if isinstance(s[k], bool) or not hasattr(s[k], "__index__") or s[k] < 1: raise ValueError(f"{k} is {s[k]!r}: expected a whole number from 1")
-            s[k] = operator.index(s[k])
+        for k in ("frames", "height", "width", "steps", "best_of"): s[k] = core.whole(s[k], k)
         for k, p in zip(("height", "width"), self.dit.config.patch[1:]):
             if s[k] % (side := p*self.vae.config.patch): raise ValueError(f"{k} is {s[k]}: expected a multiple of {side}")
-        if not (isinstance(s["cfg_scale"], numbers.Real) and math.isfinite(s["cfg_scale"])): raise ValueError(f"cfg_scale is {s['cfg_scale']!r}: expected a finite number")
-        try: seeds = [operator.index(k) for k in seed] if isinstance(seed, Iterable) and getattr(seed, "ndim", 1) else [operator.index(seed) + k for k in range(len(prompts))]
-        except TypeError: raise ValueError(f"seed is {seed!r}: expected a whole number, or one for each prompt") from None
-        if not all(-2**63 <= k < 2**64 for k in seeds): raise ValueError(f"seed is {seed!r}: expected whole numbers below 2**64")
-        if len(seeds) != len(prompts): raise ValueError(f"seed lists {len(seeds)} for {len(prompts)} prompts: expected as many")
+        if core.finite(s["cfg_scale"], "cfg_scale") == 1 and negative: warnings.warn("negative says nothing at cfg_scale 1, where no guidance leads away from it", stacklevel=2)
         if (many := s["best_of"]) > 1 and self.judge is None: raise ValueError(f"best_of is {many}, but this model has no judge that could choose: expected 1")
         pf, was, frames, known = self.vae.config.frames, self.training, s["frames"], {**SAMPLING, **self.card.get("sampling", {})}
         beyond = ", ".join(f"{k} {s[k]}" for k in ("frames", "height", "width") if s[k] > known[k] or k != "frames" and s[k] != known[k])

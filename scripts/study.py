@@ -79,6 +79,7 @@ def latents(
     tflop,  # of training, the optimizer's products included, the VAE's not
     seed,  # of weights and batches
     trial="as it ships",  # of TRIALS: what differs from preset t2v
+    keep=None,  # a list that gets the drawn clips and their scenes
 ):
     "Train t2v's DiT for so many FLOPs from nothing, draw unseen prompts of level long, told in full, and grade."
     d, fields = _clips_told(), dict(TRIALS[trial])
@@ -100,6 +101,7 @@ def latents(
     test, model.detail = d.world.sample(n, core.generator(10_000 + seed)), d.world.detail
     prompts = d.world.caption(test, "long")
     drawn = torch.cat([model.generate(prompts[i:i + 64], seed=1000*seed + i).cpu() for i in range(0, n, 64)])
+    if keep is not None: keep += drawn, test
     right = {k: round(100*v.rate, 3) for k, v in grade(drawn, test).rates.items()}
     return dict(steps=steps, batch=batch, flops=run["flops"], parameters=core.num_params(model.dit), loss=sum(run["losses"][-50:])/len(run["losses"][-50:]), n=n,
                 right=right, six=round(sum(right[k] for k in SIX)/6, 3), vae=d.sora.card["vae_sha256"][:12], bf16=d.bf16, compiled=run["compiled"])
@@ -322,14 +324,14 @@ def abilities(
     seed,  # of weights, batches and prompts
 ):
     "Train for the same steps at every size; percent of drawn pictures with each skill, from one attribute to all of two sprites, and to pictures that no training picture is like."
-    d, n, batch, steps = _pairs(), core.at_scale(test=8, cpu=256, gpu=512), core.at_scale(test=4, cpu=64, gpu=128), core.at_scale(test=2, cpu=600, gpu=4000)
+    d, n, batch, steps = _pairs(), core.at_scale(test=8, cpu=256, gpu=512), core.at_scale(test=4, cpu=64, gpu=128), core.at_scale(test=2, cpu=2400, gpu=4000)
     torch.manual_seed(seed)
     model = Dalle(replace(d.dalle.config, width=width, depth=WIDTHS[width], heads=max(1, width//32)), d.dalle.vq, d.dalle.tokenizer).to(core.device())
     def draw(g):
         i, k = torch.randint(len(d.codes), (batch,), generator=g), torch.randint(2, (batch,), generator=g)
         return dict(text=d.ids[i, k], tokens=d.codes[i])
     bf16 = _bf16()
-    recipe = Recipe(steps=steps, warmup=min(50, steps), muon=4., ema=.99, seed=seed, bf16=bf16, compile=core.at_scale(test=False, cpu=width >= 64, gpu=True))
+    recipe = Recipe(steps=steps, warmup=min(50, steps), muon=4., ema=.99, seed=seed, bf16=bf16, compile=core.at_scale(test=False, cpu=True, gpu=True))
     run = fit(model.gpt, model.loss, draw, recipe, name=f"width {width}, seed {seed}")
 
     def drawn(prompts, seed): return torch.cat([model.generate(prompts[i:i + 64], seed=seed + i) for i in range(0, len(prompts), 64)]).cpu()

@@ -316,6 +316,8 @@ def test_mistakes_of_sample(run, says, tmp_path):
     (tmp_path / "latin.txt").write_bytes("un carré".encode("latin1"))
     says("sample", "--prompts", tmp_path / "empty.txt", "--out", out, words="empty.txt holds no prompt")
     says("sample", "--prompts", tmp_path / "latin.txt", "--out", out, words="latin.txt is not UTF-8")
+    (tmp_path / "long.txt").write_text("a circle\n" + "a "*900 + "\n")
+    says("sample", "--prompts", tmp_path / "long.txt", "--out", out, words="long.txt, line 2: a prompt of 1,799 characters: expected at most 1,000")
     says("sample", "--prompts", tmp_path / "none.txt", "--out", out, words="cannot read .*none.txt: No such file")
     for option, value in (("--seed", "-1"), ("--seed", "1.5"), ("--seed", "9" * 30), ("--frames", "0"), ("--steps", "x"), ("--cfg-scale", "nan"), ("--fps", "0"), ("--fps", "51"), ("--scale", "1000"), ("--sampler", "magic"), ("--device", "abacus"), ("--wat", "1")):
         says(*s, "--out", out, f"{option}={value}", words=re.escape(option))

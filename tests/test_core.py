@@ -2,6 +2,7 @@
 import json, os, shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from minisora import core
@@ -232,3 +233,15 @@ def test_device():
     assert core.device("cpu") == torch.device("cpu")
     for bad in ("abacus", "cuda:99"):
         with pytest.raises(core.UserError, match=bad): core.device(bad)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", None, True, float("nan")])
+def test_a_whole_number_is_one(value):
+    with pytest.raises(ValueError, match="steps is .*: expected a whole number from 1"): core.whole(value, "steps")
+    assert core.whole(np.int64(3), "steps") == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
+def test_a_finite_number_is_one(value):
+    with pytest.raises(ValueError, match="cfg_scale is .*: expected a finite number"): core.finite(value, "cfg_scale")
+    assert core.finite(2, "cfg_scale") == 2

@@ -156,7 +156,8 @@ def test_agreement_is_a_difference_of_two_log_likelihoods(model):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda m: m.generate([]), "prompts is empty"), (lambda m: m.generate("a", seed=[1, 2]), "seed lists 2 for 1"), (lambda m: m.generate("a a a a a a a"), "has 7 words: expected at most 6"),
+    (lambda m: m.generate([]), r"prompts is \[\]"), (lambda m: m.generate([3]), "prompts is"), (lambda m: m.generate("a", seed=[1, 2]), "seed lists 2 for 1"),
+    (lambda m: m.generate("a", seed=.5), "seed is 0.5"), (lambda m: m.generate("a", cfg_scale=float("nan")), "cfg_scale is nan"), (lambda m: m.generate("a a a a a a a"), "has 7 words: expected at most 6"),
     (lambda m: m.generate("a", frames=17), "frames is 17: expected 1"), (lambda m: m.generate("a", sampler="heun"), "sampler is 'heun'"), (lambda m: m.generate("a", steps=3), "steps is 3: expected 16"),
     (lambda m: m.generate("a", given=torch.zeros(1, 16, dtype=torch.long)), r"given is \(1, 16\)"), (lambda m: m.generate("a", temperature=-1.), "temperature is -1"),
     (lambda m: Dalle(DalleConfig(4, 16), m.vq, m.tokenizer), "config.words is 4: expected 5"), (lambda m: Dalle(DalleConfig(5, 8), m.vq, m.tokenizer), "config.codes is 8: expected 16")])

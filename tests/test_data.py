@@ -581,3 +581,19 @@ def test_a_folder_has_a_digest_of_names_captions_and_bytes(tmp_path):
     second = data.Folder(tmp_path).digest()
     data.write_clip(torch.ones(1, 3, 8, 8), tmp_path / "a.png")
     assert len({first, second, data.Folder(tmp_path).digest()}) == 3
+
+
+def test_markers_of_a_jpeg_may_be_filled_up(tmp_path):
+    "Any number of 0xFF may stand before a marker (ITU T.81, B.1.1.2)."
+    plain("red").save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(whole[:2] + b"\xff\xff\xff" + whole[2:])
+    assert torch.equal(data.read_clip(tmp_path / "a.jpg"), data.read_clip(tmp_path / "b.jpg"))
+    assert not data.complete((tmp_path / "b.jpg").read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(frames=2.5), "frames is 2.5"), (dict(size="5"), "height is '5'"), (dict(size=(0, 4)), "height is 0"), (dict(frames=True), "frames is True")])
+def test_what_a_folder_is_cut_to_is_checked_before_its_files(tmp_path, wrong, says):
+    plain("red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red")
+    with pytest.raises(ValueError, match=says): data.Folder(tmp_path, **wrong)

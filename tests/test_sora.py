@@ -128,6 +128,10 @@ def test_wrong_arguments_are_named(model, wrong, says):
     with pytest.raises(ValueError, match=says): model.generate(**{**dict(prompts="a", steps=1), **wrong})
 
 
+def test_a_negative_without_guidance_is_said(model):
+    with pytest.warns(UserWarning, match="negative says nothing at cfg_scale 1"): model.generate("a", steps=1, negative="b", cfg_scale=1)
+
+
 def test_save_load_identity(model, tmp_path):
     model.save_pretrained(tmp_path/"a", data="nothing")
     loaded = Sora.from_pretrained(tmp_path/"a")

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 from test_ground import script
 
 
@@ -52,3 +53,9 @@ def test_the_studies_points_are_calls(study):
     points = script("study").points()
     for run, todo in points.values():
         assert run.__doc__ and {"seed"} <= set(todo[0]) == set(run.__code__.co_varnames[:run.__code__.co_argcount]) and len({str(p) for p in todo}) == len(todo)
+
+
+def test_raw_boxes_there_and_back():
+    raw, clips = script("study").Raw(), torch.randn(2, 17, 3, 32, 32)
+    z, _ = raw.encode(clips)
+    assert z.shape == (2, *raw.latent_shape(17, 32, 32)) == (2, 3, 1536, 4, 4) and torch.equal(raw.decode(z), clips)

@@ -336,7 +336,7 @@ def test_a_ball_that_does_not_turn():
 # -- errors -------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: World(size=20), "size is 20"), (lambda: World(frames=0), "frames is 0"), (lambda: World(sprites=4), "sprites is 4"),
+    (lambda: World(size=20), "size is 20"), (lambda: World(frames=0), "frames is 0"), (lambda: World(frames=2.5), "frames is 2.5"), (lambda: World(size="32"), "size is '32'"), (lambda: World(step=-1), "step is -1"), (lambda: World(sprites=4), "sprites is 4"),
     (lambda: World(colors=("mauve",)), "mauve"), (lambda: World().sample(4, split="test"), "test"), (lambda: World().sample(4, split="swap"), "swap"),
     (lambda: World.tiny().sample(4, split="heldout"), "heldout"), (lambda: World(shapes=("circle",), motions=("spinning",)).sample(1), "empty"),
     (lambda: World().caption(World().sample(1), "longest"), "longest"), (lambda: World().entropy("longest"), "longest"),
