@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'WORLD', 'WEIGHTS', 'VERDICTS', 'CLAIMS', 'MARKS', 'UserError', 'scale', 'at_scale', 'device', 'generator',
-           'whole', 'finite', 'asked_for', 'num_params', 'flops', 'write_atomic', 'save', 'load', 'find_weights',
+           'whole_number', 'finite', 'asked_for', 'num_params', 'flops', 'write_atomic', 'save', 'load', 'find_weights',
            'results', 'record', 'ledger', 'claims_table', 'write_claims']
 
 # %% ../nbs/00_core.ipynb #aea5697c
@@ -58,7 +58,7 @@ def generator(
     "A source of randomness of its own, to be passed by hand."
     return torch.Generator(device).manual_seed(seed)
 
-def whole(
+def whole_number(
     value,  # what a caller gave
     name: str,  # of the argument
     low: int = 1,  # the least that will do
@@ -67,7 +67,7 @@ def whole(
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < low: raise ValueError(f"{name} is {value!r}: expected a whole number from {low}")
     return operator.index(value)
 
-def finite(value, name: str):  # as in `whole`
+def finite(value, name: str):  # as in `whole_number`
     "The value if it is a finite number, else one clear ValueError."
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) and math.isfinite(value)): raise ValueError(f"{name} is {value!r}: expected a finite number")
     return value

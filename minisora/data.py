@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from PIL import GifImagePlugin, Image, ImageOps
 
-from .core import UserError, whole, write_atomic
+from .core import UserError, whole_number, write_atomic
 from .world import LEVELS, World
 
 # %% ../nbs/04_data.ipynb #426100a0
@@ -258,7 +258,7 @@ def _size(size):
     "Height and width from a number or a pair."
     try: h, w = size if isinstance(size, (tuple, list)) else (size, size)
     except ValueError: raise ValueError(f"size is {size!r}: expected a number, or height and width") from None
-    return whole(h, "height"), whole(w, "width")
+    return whole_number(h, "height"), whole_number(w, "width")
 
 def read_clip(
     path,  # .png .apng .gif .webp .jpg .jpeg, and with PyAV .mp4 .m4v .mov .webm
@@ -266,7 +266,7 @@ def read_clip(
     size=(32, 32),  # height and width, or one number for both
 ) -> torch.Tensor:  # (f c h w) in [-1, 1]
     "Read an image, animation or video at the length and size that a model wants."
-    whole(frames, "frames")
+    whole_number(frames, "frames")
     return _to_clip(_decode(Path(path), frames, _size(size))[0])
 
 # %% ../nbs/04_data.ipynb #be7c6ef4
@@ -287,7 +287,7 @@ class Folder:
         kept=None,  # a folder in which decoded clips stay from run to run; None: in memory alone
         say=None,  # called with each complaint as it comes; None prints it on stderr
     ):
-        self.path, self.frames, self.size, self.unsaid = Path(path), whole(frames, "frames"), _size(size), unsaid
+        self.path, self.frames, self.size, self.unsaid = Path(path), whole_number(frames, "frames"), _size(size), unsaid
         self.bad, self.found, self.kept, self._say = [], {}, kept and Path(kept), say or (lambda line: print(line, file=sys.stderr))
         self._cache, self._room, self._broken = OrderedDict(), cache_mb * 1e6, set()
         if not self.path.is_dir(): raise UserError(f"{path} is not a folder: expected one with clips and their captions")

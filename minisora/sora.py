@@ -118,7 +118,7 @@ class Sora(nn.Module):
         if image is not None or mask is not None: raise ValueError("image and mask need a model that was trained with frame masks, which this one was not")
         s = {**SAMPLING, **self.card.get("sampling", {}), **{k: v for k, v in dict(sampler=sampler, steps=steps, shift=shift, cfg_scale=cfg_scale, best_of=best_of, frames=frames, height=height, width=width).items() if v is not None}}
         if s["sampler"] not in SAMPLERS: raise ValueError(f"sampler is {s['sampler']!r}: expected one of {', '.join(SAMPLERS)}")
-        for k in ("frames", "height", "width", "steps", "best_of"): s[k] = core.whole(s[k], k)
+        for k in ("frames", "height", "width", "steps", "best_of"): s[k] = core.whole_number(s[k], k)
         for k, p in zip(("height", "width"), self.dit.config.patch[1:]):
             if s[k] % (side := p*self.vae.config.patch): raise ValueError(f"{k} is {s[k]}: expected a multiple of {side}")
         if core.finite(s["cfg_scale"], "cfg_scale") == 1 and negative: warnings.warn("negative says nothing at cfg_scale 1, where no guidance leads away from it", stacklevel=2)

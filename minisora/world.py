@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, repeat
 
-from .core import WORLD, whole
+from .core import WORLD, whole_number
 
 # %% ../nbs/02_world.ipynb #9d5ec3c0
 VERSION = WORLD  # datasets, records and checkpoints carry it: what is drawn or reserved never changes under one version
@@ -131,7 +131,7 @@ class World:
 
     def __post_init__(self):
         put = lambda k, v: object.__setattr__(self, k, v)
-        for k, low in (("size", 1), ("frames", 1), ("sprites", 1), ("step", 0)): put(k, whole(getattr(self, k), k, low))
+        for k, low in (("size", 1), ("frames", 1), ("sprites", 1), ("step", 0)): put(k, whole_number(getattr(self, k), k, low))
         if self.size % 16: raise ValueError(f"size is {self.size}: expected a multiple of 16")
         if self.sprites not in (1, 2, 3): raise ValueError(f"sprites is {self.sprites}: expected 1, 2 or 3")
         for k, table in (CHOICES | dict(layouts=range(4))).items():

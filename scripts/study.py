@@ -52,7 +52,7 @@ class Raw(Pixels):
 
 
 SIX = "shape", "color", "size", "texture", "motion", "background"
-TRIALS = {"as it ships": {}, "velocity": dict(predict="v"), "wide": dict(width=256, depth=3), "deep": dict(width=128, depth=10), "batches of 32": dict(batch=32), "AdamW": dict(muon=0.)}
+TRIALS = {"as it ships": {}, "velocity": dict(predict="v"), "wide": dict(width=256, depth=3), "deep": dict(width=128, depth=10), "batches of 32": dict(batch=32), "AdamW": dict(muon=0.), "times shifted by 8": dict(shift=8.), "rotary, gated": dict(rope=True, gated=True)}
 
 
 @lru_cache
@@ -84,6 +84,7 @@ def latents(
     "Train t2v's DiT for so many FLOPs from nothing, draw unseen prompts of level long, told in full, and grade."
     d, fields = _clips_told(), dict(TRIALS[trial])
     n, batch, muon = core.at_scale(test=4, cpu=512, gpu=512), fields.pop("batch", core.at_scale(test=4, cpu=128, gpu=128)), fields.pop("muon", 4.)
+    shift = fields.pop("shift", 2.5)
     vae, config, cells = d.sora.vae if what == "latents" else Raw(), replace(d.sora.dit.config, **core.at_scale(test=dict(depth=1), cpu={}, gpu={})), _cells(what)
 
     def train(steps):
@@ -92,7 +93,7 @@ def latents(
         if what == "latents": model.mean.copy_(d.sora.mean); model.std.copy_(d.sora.std)
         def draw(g):
             i, k = torch.randint(len(d.clips), (batch,), generator=g), torch.randint(4, (batch,), generator=g)
-            return dict(latents=(x := cells(i)), eps=torch.randn(x.shape, generator=g), t=sample_times(batch, 2.5, g), text=d.ids[i, k])
+            return dict(latents=(x := cells(i)), eps=torch.randn(x.shape, generator=g), t=sample_times(batch, shift, g), text=d.ids[i, k])
         recipe = Recipe(steps=steps, warmup=min(100, steps//3 + 1), muon=muon, ema=.99, seed=seed, bf16=d.bf16, compile=core.at_scale(test=False, cpu=steps > 1, gpu=True))
         return model, fit(model.dit, model.loss, draw, recipe, name=f"{what}, {trial}, {tflop} TFLOP, seed {seed}")
 

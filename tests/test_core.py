@@ -237,8 +237,8 @@ def test_device():
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", None, True, float("nan")])
 def test_a_whole_number_is_one(value):
-    with pytest.raises(ValueError, match="steps is .*: expected a whole number from 1"): core.whole(value, "steps")
-    assert core.whole(np.int64(3), "steps") == 3
+    with pytest.raises(ValueError, match="steps is .*: expected a whole number from 1"): core.whole_number(value, "steps")
+    assert core.whole_number(np.int64(3), "steps") == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
