@@ -110,7 +110,7 @@ def latents(
 
 # --- levels (claims 12 and 13, chapter 33): every length of caption against compute, for two sizes of model
 
-SIZES = dict(small=dict(width=64, depth=3, heads=4, text_width=48), large={})  # large: as the preset `figure`
+SIZES = dict(small=dict(width=64, depth=3, heads=4, text_width=48), large=dict(depth=4))  # large: as the preset `figure`, before its blocks were six
 
 
 @lru_cache
@@ -182,7 +182,7 @@ def limits(
     words = Tokenizer.from_texts([c for row in _told().values() for c in row])
     ids = words.encode([c for level in LEVELS for c in _told()[level]])[0].view(len(LEVELS), len(scenes), -1)
     torch.manual_seed(seed)
-    net = DiT(3, vocab=words.vocab_size, **{**p.dit, **dict(width=96, heads=2, rope=False, gated=False), **ARMS[what]}).to(here)
+    net = DiT(3, vocab=words.vocab_size, **{**p.dit, **dict(width=96, depth=4, heads=2, rope=False, gated=False), **ARMS[what]}).to(here)
     kinds, exact = torch.tensor([0]*6 + [*range(1, len(LEVELS))]), what.endswith("exact targets")   # half of the draws say nothing
     def draw(g):
         i, k, t, eps = torch.randint(len(scenes), (batch,), generator=g), kinds[torch.randint(len(kinds), (batch,), generator=g)], times(batch, g), torch.randn(batch, *pictures.shape[1:], generator=g)
