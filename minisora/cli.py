@@ -58,14 +58,14 @@ def preset(
     if name == "figure":  # no VAE; all scenes with each of these captions; what says nothing is learned last; times by log-snr, and the loss is bits
         from dataclasses import asdict
         from minisora.world import World
-        return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=4, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
-                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=163_000, muon=4., save_every=1000),
+        return N(world=asdict(World.tiny()), vae=None, dit=dict(width=128, depth=6, heads=8, patch=(1, 4, 4), text_width=64, rope=True, gated=True),
+                 batch=0, dit_batch=128, pool=None, captions=("none",)*16 + ("short", "medium", "long", "full", "pixels"), vae_recipe=None, dit_recipe=Recipe(steps=181_000, muon=4., save_every=1000),
                  shift=3., rate=0, sampling=dict(cfg_scale=1., steps=12, frames=1, height=16, width=16))
     if name == "captioner":
         return N(world=dict(), captioner=dict(patch=4), vae=None, batch=128, dit_batch=128, pool=120_000, vae_recipe=None, dit_recipe=Recipe(steps=10_000, muon=4., ema=.999, save_every=500))
     if name == "pairs":  # images: what two sprites ask of language (whose color, which side) is in every frame, a clip has three times the tokens and 17 times the pixels
         return N(world=dict(sprites=2, frames=1), vae=dict(width=128, frames=1), dit=dict(width=128, depth=4, heads=4, text_width=64, text_depth=2),  # two blocks of text: color to shape, both to their side
-                 batch=64, dit_batch=64, pool=40_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=1500, muon=4., save_every=500),
+                 batch=64, dit_batch=64, pool=100_000, captions=6, vae_recipe=Recipe(steps=2000, save_every=500), dit_recipe=Recipe(steps=13_500, muon=4., save_every=500),
                  shift=2.5, rate=.01, sampling=dict(cfg_scale=2.5, steps=16, frames=1))
     if name == "quick":  # as t2v, whose VAE alone costs three times as much
         return N(world=dict(), vae=dict(width=128, encoder=2, decoder=3), dit=dict(width=184, depth=5, heads=4, patch=(1, 2, 2), text_width=96),
